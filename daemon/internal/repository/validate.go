@@ -1,0 +1,80 @@
+package repository
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+)
+
+// validate checks all that can be said about a manifest by itself.
+func (m *Manifest) validate() error {
+	names := []error{
+		checkBackup(m.Domain.UUID, m.Backup),
+		checkName("repository id", ulidPattern, string(m.Repository)),
+		checkName("chain id", ulidPattern, m.Chain),
+		checkName("host id", hostPattern, m.Host),
+		m.validateKind(),
+	}
+	if m.Created < 0 || m.Finished < 0 {
+		names = append(names, errors.New("a time is before the epoch"))
+	}
+	if len(m.Disks) > listLimit || len(m.Files) > listLimit {
+		return fmt.Errorf("it lists %d disks and %d files, more than %d", len(m.Disks), len(m.Files), listLimit)
+	}
+	seen := map[string]bool{}
+	for _, d := range m.Disks {
+		if seen[d.File] {
+			names = append(names, fmt.Errorf("disk %q is listed twice", d.Target))
+		}
+		seen[d.File] = true
+		names = append(names, m.validateDisk(d))
+	}
+	for _, f := range m.Files {
+		if seen[f.Name] {
+			names = append(names, fmt.Errorf("file %q is listed twice", f.Name))
+		}
+		seen[f.Name] = true
+		names = append(names, f.validate())
+	}
+	return errors.Join(names...)
+}
+
+func (m *Manifest) validateKind() error {
+	switch {
+	case m.Kind == KindFull && m.Parent == "":
+		return nil
+	case m.Kind == KindIncremental && m.Parent < m.Backup:
+		return checkName("parent id", ulidPattern, m.Parent)
+	}
+	// ULIDs ascend with time: this also excludes a circle of parents.
+	return fmt.Errorf("kind %q does not go with parent %q", truncated(m.Kind), truncated(m.Parent))
+}
+
+func (m *Manifest) validateDisk(d Disk) error {
+	if err := checkName("disk target", targetPattern, d.Target); err != nil {
+		return err
+	}
+	if d.File != ImageName(d.Target) {
+		return fmt.Errorf("disk %s: unexpected image %q", d.Target, truncated(d.File))
+	}
+	if d.Kind != KindFull && (d.Kind != KindIncremental || m.Kind != KindIncremental) {
+		return fmt.Errorf("disk %s: kind %q in a backup of kind %q", d.Target, truncated(d.Kind), m.Kind)
+	}
+	if d.Size > sizeLimit || d.StoredBytes > sizeLimit || d.DataBytes > sizeLimit {
+		return fmt.Errorf("disk %s: sizes %d, %d, %d are out of range", d.Target, d.Size, d.StoredBytes, d.DataBytes)
+	}
+	if !slices.ContainsFunc(m.Files, func(f File) bool { return f.Name == DigestName(d.Target) }) {
+		return fmt.Errorf("disk %s: no digests are listed", d.Target)
+	}
+	return checkName("BLAKE3 sum", sumPattern, d.DigestRoot)
+}
+
+func (f File) validate() error {
+	if err := checkFileName(f.Name); err != nil {
+		return err
+	}
+	if f.Size > sizeLimit {
+		return fmt.Errorf("file %s: size %d is out of range", f.Name, f.Size)
+	}
+	return checkName("BLAKE3 sum", sumPattern, f.BLAKE3)
+}

@@ -1,0 +1,98 @@
+# See "make help". Everything runs without a terminal and without input.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := build
+MAKEFLAGS += --no-print-directory
+
+PREFIX ?= /usr
+DESTDIR ?=
+GO ?= go
+export HOME ?= /root
+export PATH := $(PATH):/usr/local/go/bin:/usr/sbin:/sbin
+
+VERSION := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -X main.version=$(VERSION)
+GOLANGCI_LINT := .cache/bin/golangci-lint
+GOLANGCI_LINT_VERSION := v2.5.0
+
+# Program, its package, and where it is installed. Only virtbackupd links libvirt.
+PROGRAMS := virtbackupd virtbackupctl virtbackup-worker virtbackup-thaw
+virtbackupd_PACKAGE := daemon
+virtbackupd_CGO := 1
+virtbackupd_DIR := sbin
+virtbackupctl_PACKAGE := ctl
+virtbackupctl_CGO := 0
+virtbackupctl_DIR := bin
+virtbackup-worker_PACKAGE := daemon/worker
+virtbackup-worker_CGO := 0
+virtbackup-worker_DIR := libexec/virtbackup
+virtbackup-thaw_PACKAGE := daemon/thaw
+virtbackup-thaw_CGO := 0
+virtbackup-thaw_DIR := libexec/virtbackup
+BUILT := $(foreach p,$(PROGRAMS),$(if $(wildcard $($(p)_PACKAGE)/*.go),$(p)))
+
+# Packages with tests that run in the lab (build tag lab).
+LAB_PACKAGES ?= $(sort $(patsubst %/,./%,$(dir $(shell grep -rlE --include='*_test.go' '^//go:build .*\blab\b' . 2>/dev/null | sed 's,^\./,,'))))
+LAB_TIMEOUT ?= 25m
+# Every shell script of the project.
+SCRIPTS := $(shell git ls-files -co --exclude-standard 2>/dev/null | xargs -r -d '\n' grep -lIE '^\#!/bin/(ba)?sh|^\# shellcheck shell=' 2>/dev/null)
+
+.PHONY: help deps lint-deps build install test test-unit test-lab lint bench fuzz-short faults demo clean
+help: ## what can be made
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 16
+
+deps: ## install what building and testing need (Debian, Ubuntu; names it for Fedora and EL)
+	@testdata/deps </dev/null
+
+lint-deps: $(GOLANGCI_LINT)
+$(GOLANGCI_LINT):
+	GOFLAGS= GOBIN=$(CURDIR)/.cache/bin $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT_VERSION) </dev/null
+
+build: $(addprefix build-,$(BUILT)) ## build the programs into bin/
+build-%:
+	@mkdir -p bin
+	CGO_ENABLED=$($*_CGO) $(GO) build -buildvcs=false -trimpath -ldflags '$(LDFLAGS)' -o bin/$* ./$($*_PACKAGE)
+
+# Kinds of files and where each goes, below PREFIX.
+FILES := \
+	lib/systemd/system:$(wildcard systemd/*.service systemd/*.slice systemd/*.socket systemd/*.timer) \
+	share/dbus-1/system.d:$(wildcard dbus/*.conf) \
+	share/dbus-1/system-services:$(wildcard dbus/*.service) \
+	share/dbus-1/interfaces:$(wildcard dbus/*.xml) \
+	share/polkit-1/actions:$(wildcard policy/*.policy) \
+	$(foreach n,1 5 8,share/man/man$(n):$(wildcard ctl/*.$(n) ctl/*/*.$(n) daemon/*.$(n) daemon/*/*.$(n) systemd/*.$(n)))
+
+install: ## install what "make build" built (DESTDIR, PREFIX)
+	@$(foreach p,$(BUILT),install -D -m 755 bin/$(p) $(DESTDIR)$(PREFIX)/$($(p)_DIR)/$(p);)
+	@for file in $(FILES); do \
+		case $$file in *:*) dir=$(DESTDIR)$(PREFIX)/$${file%%:*}; file=$${file#*:} ;; esac; \
+		[ -z "$$file" ] || install -D -m 644 "$$file" "$$dir/$${file##*/}"; \
+	done
+ifneq ($(filter virtbackupctl,$(BUILT)),)
+	@install -d $(DESTDIR)$(PREFIX)/share/{bash-completion/completions,zsh/vendor-completions,fish/vendor_completions.d}
+	@bin/virtbackupctl completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/virtbackupctl
+	@bin/virtbackupctl completion zsh >$(DESTDIR)$(PREFIX)/share/zsh/vendor-completions/_virtbackupctl
+	@bin/virtbackupctl completion fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/virtbackupctl.fish
+endif
+
+test: deps test-unit test-lab ## set up, and run all tests
+
+test-unit: ## the tests that need no lab
+	$(GO) test -race ./... </dev/null
+
+# Compiled outside first: an error in the code shows before a host boots.
+test-lab: build ## the tests that run on a real host, in the lab
+	testdata/lab/test </dev/null
+ifneq ($(LAB_PACKAGES),)
+	$(GO) vet -tags lab $(LAB_PACKAGES)
+	LAB_NO_BUILD=1 testdata/lab/run -- $(GO) test -tags lab -count=1 -timeout $(LAB_TIMEOUT) $(LAB_PACKAGES) </dev/null
+endif
+
+lint: lint-deps ## golangci-lint (with the layering rules of .golangci.yml) and shellcheck
+	GOMEMLIMIT=2GiB GOGC=50 $(GOLANGCI_LINT) run --build-tags lab --concurrency 2 --timeout 15m ./... </dev/null
+	shellcheck -x -P SCRIPTDIR $(SCRIPTS)
+
+clean: ## remove what was built, and what killed lab hosts left
+	testdata/lab/clean
+	rm -rf bin .cache

@@ -1,0 +1,86 @@
+package transfer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/repository"
+)
+
+// ErrCancelled is the cause of a context that ends because of SIGTERM.
+var ErrCancelled = errors.New("cancelled")
+
+// classed is an error at the place that knows whose fault it is.
+type classed struct {
+	class Class
+	err   error
+}
+
+func (c *classed) Error() string { return c.err.Error() }
+func (c *classed) Unwrap() error { return c.err }
+
+// classify gives an error a class; nil stays nil.
+func classify(class Class, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &classed{class, err}
+}
+
+func fail(class Class, format string, args ...any) error {
+	return &classed{class, fmt.Errorf(format, args...)}
+}
+
+// failure makes an error what stands in the result. What can be told from the
+// error itself goes before what its place said: a full disk is a full disk in
+// whatever it came up, and everything fails in some way once it is cancelled.
+func failure(ctx context.Context, err error) *Failure {
+	if err == nil {
+		return nil
+	}
+	var place *classed
+	class := ClassInternal
+	switch {
+	case errors.Is(context.Cause(ctx), ErrCancelled):
+		return &Failure{ClassCancelled, "the job was cancelled"}
+	case errors.Is(err, repository.ErrForeign):
+		class = ClassForeign
+	case errors.As(err, &place):
+		class = place.class
+	case sentinelOf(err) != "":
+		class = sentinelOf(err)
+	}
+	if class == ClassRepository && (errors.Is(err, repository.ErrNoSpace) || errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)) {
+		class = ClassFull
+	}
+	return &Failure{class, err.Error()}
+}
+
+func sentinelOf(err error) Class {
+	table := []struct {
+		sentinel error
+		class    Class
+	}{
+		{repository.ErrManifest, ClassManifest},
+		{repository.ErrForeignManifest, ClassManifest},
+		{repository.ErrNoSpace, ClassFull},
+		{repository.ErrDamaged, ClassVerification},
+		{repository.ErrNotRepository, ClassRepository},
+		{repository.ErrNewerFormat, ClassRepository},
+		{repository.ErrReadOnly, ClassRepository},
+		{repository.ErrMissing, ClassRepository},
+		{repository.ErrNoBackup, ClassRepository},
+		{repository.ErrExists, ClassRepository},
+		{repository.ErrNotEmpty, ClassRepository},
+		{repository.ErrHasChildren, ClassRepository},
+	}
+	for _, t := range table {
+		if errors.Is(err, t.sentinel) {
+			return t.class
+		}
+	}
+	return ""
+}

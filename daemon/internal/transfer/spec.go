@@ -1,0 +1,290 @@
+// Package transfer is the mover: it carries out one operation on a repository,
+// in a worker process of its own, as the daemon asks for it in a job directory.
+//
+// The daemon never touches a repository. It writes spec.json, starts the worker
+// and follows status.json until result.json is there; both sides meet nowhere
+// else, so either may die and the other goes on. SIGTERM cancels: the worker
+// then leaves nothing behind and says so in its result.
+//
+//	spec.json    by the daemon, before the worker starts
+//	go.json      by the daemon, in a backup, when the point in time is fixed
+//	status.json  by the worker, at each phase and twice a second
+//	result.json  by the worker, once, at the end
+package transfer
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/google/renameio/v2"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/repository"
+)
+
+// SpecVersion is the version of the files of a job directory. The worker and
+// the daemon are installed together, but one may outlive an upgrade.
+const SpecVersion = 1
+
+// Names of the files of a job directory.
+const (
+	SpecFile   = "spec.json"
+	GoFile     = "go.json"
+	StatusFile = "status.json"
+	ResultFile = "result.json"
+)
+
+// Operation is what a worker does.
+type Operation string
+
+// The operations. Those on a repository as a whole need only Spec.Repository.
+const (
+	OperationInit    Operation = "init"    // make Repository.Path a repository
+	OperationProbe   Operation = "probe"   // id, space; collects what dead jobs left
+	OperationList    Operation = "list"    // manifests of Domain, or of all domains
+	OperationBackup  Operation = "backup"  // Spec.BackupSpec
+	OperationRestore Operation = "restore" // Spec.Restore
+	OperationVerify  Operation = "verify"  // Spec.Backups and all that they stand on
+	OperationDelete  Operation = "delete"  // Spec.Backups of Domain
+	OperationDiscard Operation = "discard" // what a dead job left of Spec.Backups of Domain
+)
+
+// Spec is spec.json.
+type Spec struct {
+	Version    int            `json:"version"`
+	Job        string         `json:"job"`
+	Operation  Operation      `json:"operation"`
+	Repository RepositorySpec `json:"repository"`
+	Domain     string         `json:"domain,omitempty"`  // UUID
+	Backups    []string       `json:"backups,omitempty"` // of verify, delete, discard
+	Live       []string       `json:"live,omitempty"`    // of probe: ids of backups whose jobs live; the rest is collected
+	Collect    bool           `json:"collect,omitempty"` // of probe: whether to collect
+	Backup     *BackupSpec    `json:"backup,omitempty"`
+	Restore    *RestoreSpec   `json:"restore,omitempty"`
+}
+
+// RepositorySpec says where the repository is.
+type RepositorySpec struct {
+	Path        string        `json:"path"`
+	ID          repository.ID `json:"id,omitempty"` // must be the one found there; "" for init and the first probe
+	Name        string        `json:"name"`         // for messages
+	KeyFile     string        `json:"key_file"`     // the host's manifest key: 64 hex digits
+	MinimumFree uint64        `json:"minimum_free"` // bytes that a backup must leave free
+}
+
+// BackupSpec is a backup to make.
+type BackupSpec struct {
+	// Manifest as far as the daemon knows it: domain, backup, parent, chain,
+	// kind, offering, … and of each disk target, size, kind, tracking,
+	// checkpoint, format and source. The worker fills in the rest.
+	Manifest    repository.Manifest `json:"manifest"`
+	Compression string              `json:"compression"`       // "none", "zlib", "zstd"
+	Level       int                 `json:"level,omitempty"`   // of the compression; 0 is its default
+	Threads     int                 `json:"threads,omitempty"` // that compress, per disk; 0 is the number of CPUs
+	Disks       []BackupDisk        `json:"disks"`             // one for each of the manifest's
+	Files       []FileSpec          `json:"files,omitempty"`
+}
+
+// BackupDisk is the NBD export of one disk. It may come to life as late as go.json.
+type BackupDisk struct {
+	Target string `json:"target"`
+	Socket string `json:"socket"` // of the NBD server, a unix socket
+	Export string `json:"export"`
+	Size   uint64 `json:"size"`             // bytes; must be what the export says
+	Bitmap string `json:"bitmap,omitempty"` // metadata context of the dirty bitmap; "" copies the whole disk
+}
+
+// FileSpec is another file of the backup, copied from the host or given.
+type FileSpec struct {
+	Name    string `json:"name"`              // in the backup
+	Path    string `json:"path,omitempty"`    // on the host
+	Content []byte `json:"content,omitempty"` // when there is no Path
+}
+
+// Go is go.json: the point in time is fixed, the exports are there.
+type Go struct {
+	Created     int64  `json:"created_usec"` // µs since the epoch
+	Consistency string `json:"consistency"`
+	Thawed      bool   `json:"thawed"`
+}
+
+// RestoreSpec is a backup to read back.
+type RestoreSpec struct {
+	Backup string        `json:"backup"` // of Spec.Domain
+	Disks  []RestoreDisk `json:"disks"`
+	Files  []RestoreFile `json:"files,omitempty"`
+}
+
+// Formats of a restored disk.
+const (
+	FormatQcow2 = "qcow2"
+	FormatRaw   = "raw"
+)
+
+// RestoreDisk is one disk of the backup and where it goes. The worker finds the
+// chain of images by the manifests.
+type RestoreDisk struct {
+	Target string `json:"target"`
+	// A new file beneath Directory, or with Device an existing block device of
+	// at least the disk's size, which is overwritten.
+	Directory   string `json:"directory,omitempty"`
+	Destination string `json:"destination"` // relative to Directory; absolute for a Device
+	Device      bool   `json:"device,omitempty"`
+	Format      string `json:"format"`
+	Owner       Owner  `json:"owner"`
+}
+
+// RestoreFile is another file of the backup and where it goes, as a new file.
+type RestoreFile struct {
+	Name        string `json:"name"`
+	Directory   string `json:"directory"`
+	Destination string `json:"destination"`
+	Owner       Owner  `json:"owner"`
+}
+
+// Owner is given to a restored file once it is complete; nil leaves root's.
+type Owner struct {
+	UID  *int   `json:"uid,omitempty"`
+	GID  *int   `json:"gid,omitempty"`
+	Mode uint32 `json:"mode,omitempty"` // 0 leaves 0600
+}
+
+// Phases of an operation, in their order.
+const (
+	PhaseOpening    = "opening"
+	PhaseReady      = "ready" // waits for go.json; only in a backup
+	PhaseCopying    = "copying"
+	PhaseFlushing   = "flushing"
+	PhaseVerifying  = "verifying"
+	PhaseCommitting = "committing"
+	PhaseDeleting   = "deleting"
+)
+
+// Status is status.json.
+type Status struct {
+	Phase   string       `json:"phase"`
+	Done    uint64       `json:"done"`  // bytes of this phase
+	Total   uint64       `json:"total"` // bytes of this phase; may grow while extents are found
+	Disks   []DiskStatus `json:"disks,omitempty"`
+	Updated int64        `json:"updated_usec"` // µs since the epoch
+}
+
+// DiskStatus counts bytes of one disk.
+type DiskStatus struct {
+	Target  string `json:"target"`
+	Done    uint64 `json:"done"`    // of Total: copied, zero or skipped
+	Total   uint64 `json:"total"`   // that have to be looked at in this phase
+	Read    uint64 `json:"read"`    // from the source, or from the images in a restore
+	Written uint64 `json:"written"` // to the image, or to the destination
+	Dirty   uint64 `json:"dirty"`   // changed since the parent, in whole clusters
+	Zero    uint64 `json:"zero"`    // stored as zeroes, without data
+}
+
+// Result is result.json.
+type Result struct {
+	Version    int                  `json:"version"`
+	Error      *Failure             `json:"error,omitempty"` // nil: done
+	Disks      []DiskStatus         `json:"disks,omitempty"`
+	Manifest   *repository.Manifest `json:"manifest,omitempty"` // of the backup that was made, or restored
+	Repository *RepositoryState     `json:"repository,omitempty"`
+	Backups    []BackupState        `json:"backups,omitempty"` // of list, verify
+	Deleted    []string             `json:"deleted,omitempty"` // backups; also when a later one failed
+}
+
+// RepositoryState is what init and probe find.
+type RepositoryState struct {
+	ID       repository.ID `json:"id"`
+	Host     string        `json:"host"`  // this host's id
+	Free     uint64        `json:"free"`  // bytes
+	Total    uint64        `json:"total"` // bytes
+	ReadOnly bool          `json:"read_only"`
+}
+
+// BackupState is the verdict on one backup.
+type BackupState struct {
+	Domain   string               `json:"domain"`
+	Backup   string               `json:"backup"`
+	Manifest *repository.Manifest `json:"manifest,omitempty"`
+	Error    *Failure             `json:"error,omitempty"`
+}
+
+// Class says whose fault a failure is, and so what the daemon does next.
+type Class string
+
+// The classes.
+const (
+	ClassCancelled    Class = "cancelled"
+	ClassRepository   Class = "repository"      // missing, not one, read-only, I/O error
+	ClassFull         Class = "repository-full" // also: less would stay free than must
+	ClassSource       Class = "source"          // the NBD export, or a file of the host
+	ClassParent       Class = "parent"          // the parent backup is missing or damaged: make a full one
+	ClassForeign      Class = "foreign"         // another host writes here
+	ClassManifest     Class = "manifest"        // damaged, forged, or another host's
+	ClassVerification Class = "verification"    // the data read back is not what was written
+	ClassDestination  Class = "destination"     // of a restore
+	ClassInternal     Class = "internal"        // our fault
+)
+
+// Failure is why an operation failed.
+type Failure struct {
+	Class   Class  `json:"class"`
+	Message string `json:"message"`
+}
+
+func (f *Failure) Error() string { return f.Message }
+
+// ReadSpec reads the spec of a job directory.
+func ReadSpec(directory string) (*Spec, error) {
+	var s Spec
+	if err := readJSON(filepath.Join(directory, SpecFile), &s); err != nil {
+		return nil, err
+	}
+	if s.Version != SpecVersion {
+		return nil, fmt.Errorf("%s has version %d, this worker knows %d", SpecFile, s.Version, SpecVersion)
+	}
+	return &s, nil
+}
+
+// WriteSpec writes the spec into a job directory, and WriteGo lets a backup go
+// on from PhaseReady. Both files appear whole or not at all.
+func WriteSpec(directory string, s *Spec) error {
+	return writeJSON(filepath.Join(directory, SpecFile), s)
+}
+
+// WriteGo lets a backup go on: see Go.
+func WriteGo(directory string, g Go) error { return writeJSON(filepath.Join(directory, GoFile), g) }
+
+// ReadStatus reads the newest status; fs.ErrNotExist before the first.
+func ReadStatus(directory string) (Status, error) {
+	var s Status
+	return s, readJSON(filepath.Join(directory, StatusFile), &s)
+}
+
+// ReadResult reads the result; fs.ErrNotExist while there is none.
+func ReadResult(directory string) (*Result, error) {
+	var r Result
+	if err := readJSON(filepath.Join(directory, ResultFile), &r); err != nil {
+		return nil, err
+	}
+	return &r, nil
+}
+
+func readJSON(path string, v any) error {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(b, v); err != nil {
+		return fmt.Errorf("cannot read %s: %w", path, err)
+	}
+	return nil
+}
+
+func writeJSON(path string, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("cannot encode %s: %w", path, err)
+	}
+	return renameio.WriteFile(path, b, 0o600)
+}

@@ -1,0 +1,98 @@
+package bus
+
+import (
+	"context"
+
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+// Caller is who made a call. Its uid is the real one of the connection, as the
+// bus knows it.
+type Caller struct {
+	UID uint32
+	// Sender is the unique bus name.
+	Sender string
+}
+
+// Backend does what the API promises (dbus/interfaces). Calls come from many
+// goroutines at once, and only after they were authorized; the exceptions are
+// Find and Object, with which the Server learns beforehand what polkit is to
+// be told. Arguments are the caller's as they were when it was authorized;
+// options are decoded and their enumerations checked, the rest is not.
+//
+// Errors carry a name of dbus/errors.go where a program may ask for it. IDs
+// that are returned are those of dbus.Ref.
+type Backend interface {
+	Reader
+	Repositories
+	Offerings
+	Domains
+	Backups
+	Jobs
+	// EffectiveConfiguration returns every setting that is in force.
+	EffectiveConfiguration(ctx context.Context) ([]dbus.Setting, error)
+	// Reload reads the configuration again.
+	Reload(ctx context.Context, caller Caller) error
+}
+
+// Reader is what the Server reads properties with.
+type Reader interface {
+	// Manager returns the state of the daemon.
+	Manager(ctx context.Context) (dbus.ManagerProperties, error)
+	// Objects returns all managed objects: repositories, offerings, domains,
+	// chains, and the jobs that are live or ended lately.
+	Objects(ctx context.Context) ([]dbus.Record, error)
+	// Object returns one object of any kind, also backups and old jobs;
+	// dbus.ErrNotFound when there is none. It must not wait for libvirt.
+	Object(ctx context.Context, ref dbus.Ref) (dbus.Record, error)
+	// Find resolves the name or id of a repository or offering, the name or
+	// UUID of a domain, or the (beginning of the) id of a backup;
+	// dbus.ErrNotFound when there is none.
+	Find(ctx context.Context, kind dbus.Kind, name string) (dbus.Ref, error)
+	// ListBackups and ListJobs return one page, newest first, and the cursor
+	// of the next, which is empty at the end. The limit is from 1 to 1000.
+	ListBackups(ctx context.Context, f dbus.BackupFilter, cursor string, limit int) ([]dbus.BackupProperties, string, error)
+	ListJobs(ctx context.Context, f dbus.JobFilter, cursor string, limit int) ([]dbus.JobProperties, string, error)
+}
+
+// Repositories is what is done with repositories.
+type Repositories interface {
+	CreateRepository(ctx context.Context, caller Caller, name, typ, path string, o dbus.CreateRepositoryOptions) (repository, job string, err error)
+	CheckRepository(ctx context.Context, caller Caller, id string) (job string, err error)
+	RemoveRepository(ctx context.Context, caller Caller, id string) error
+}
+
+// Offerings is what is done with offerings.
+type Offerings interface {
+	CreateOffering(ctx context.Context, caller Caller, name, repository string, s dbus.Settings) (offering string, err error)
+	UpdateOffering(ctx context.Context, caller Caller, id string, o dbus.UpdateOfferingOptions) error
+	RemoveOffering(ctx context.Context, caller Caller, id string) error
+}
+
+// Domains is what is done with domains and their chains.
+type Domains interface {
+	AssignDomain(ctx context.Context, caller Caller, uuid, offering string) error
+	UnassignDomain(ctx context.Context, caller Caller, uuid string) error
+	BackupDomain(ctx context.Context, caller Caller, uuid string, o dbus.BackupOptions) (job string, err error)
+	FinishChain(ctx context.Context, caller Caller, uuid string) error
+	VerifyChain(ctx context.Context, caller Caller, id string) (job string, err error)
+	// DeleteChain and DeleteBackup return the backups that go, newest first;
+	// the job is empty for a dry run.
+	DeleteChain(ctx context.Context, caller Caller, id string, o dbus.DeleteChainOptions) (backups []string, job string, err error)
+}
+
+// Backups is what is done with backups.
+type Backups interface {
+	DeleteBackup(ctx context.Context, caller Caller, id string, o dbus.DeleteBackupOptions) (backups []string, job string, err error)
+	VerifyBackup(ctx context.Context, caller Caller, id string) (job string, err error)
+	RestoreBackup(ctx context.Context, caller Caller, id, name string, o dbus.RestoreOptions) (job string, err error)
+	RestoreInPlace(ctx context.Context, caller Caller, id string, o dbus.RestoreInPlaceOptions) (job string, err error)
+	PlanRestore(ctx context.Context, id string, o dbus.PlanRestoreOptions) (dbus.RestorePlan, error)
+}
+
+// Jobs is what is done with jobs.
+type Jobs interface {
+	CancelJob(ctx context.Context, caller Caller, id string) error
+	// JobLog returns the newest messages, oldest first; all for a limit of 0.
+	JobLog(ctx context.Context, id string, limit int) ([]dbus.LogMessage, error)
+}

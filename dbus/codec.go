@@ -1,0 +1,199 @@
+package dbus
+
+import (
+	"fmt"
+	"math"
+	"reflect"
+	"slices"
+	"sort"
+	"strings"
+	"time"
+
+	godbus "github.com/godbus/dbus/v5"
+)
+
+// A struct stands for a{sv} when its fields are tagged `dbus:"key"`. Fields
+// are strings, booleans, uint32, uint64, float64, []string, time.Time (a t: µs
+// since the epoch, 0 for the zero time), slices of such structs (aa{sv}), or
+// pointers to these for what may be absent. Embedded structs are part of
+// theirs.
+
+// enum is a string type of which the values are known.
+type enum interface{ Values() []string }
+
+type field struct {
+	key   string
+	value reflect.Value
+}
+
+// fields returns the tagged fields of the struct v, in their order.
+func fields(v reflect.Value) []field {
+	var out []field
+	for i := range v.NumField() {
+		sf := v.Type().Field(i)
+		if sf.Anonymous {
+			out = append(out, fields(v.Field(i))...)
+		} else if key := sf.Tag.Get("dbus"); key != "" {
+			out = append(out, field{key, v.Field(i)})
+		}
+	}
+	return out
+}
+
+// Encode returns the a{sv} of a record or of options. Absent (nil) fields are
+// left out.
+func Encode(record any) map[string]godbus.Variant {
+	return encodeStruct(reflect.Indirect(reflect.ValueOf(record)))
+}
+
+func encodeStruct(v reflect.Value) map[string]godbus.Variant {
+	out := make(map[string]godbus.Variant)
+	for _, f := range fields(v) {
+		value := f.value
+		if value.Kind() == reflect.Pointer {
+			if value.IsNil() {
+				continue
+			}
+			value = value.Elem()
+		}
+		out[f.key] = godbus.MakeVariant(encodeValue(value))
+	}
+	return out
+}
+
+func encodeValue(v reflect.Value) any {
+	switch x := v.Interface().(type) {
+	case time.Time:
+		return Micros(x)
+	case []string:
+		return append([]string{}, x...)
+	}
+	switch v.Kind() {
+	case reflect.String:
+		return v.String()
+	case reflect.Slice:
+		list := make([]map[string]godbus.Variant, v.Len())
+		for i := range list {
+			list[i] = encodeStruct(v.Index(i))
+		}
+		return list
+	default:
+		return v.Interface()
+	}
+}
+
+// DecodeOptions reads options into the struct that o points to. It is strict:
+// a key that o does not have, a value of another type, or one that its type
+// does not list is ErrInvalidArgument, and is named.
+func DecodeOptions(m map[string]godbus.Variant, o any) error {
+	known := fields(reflect.ValueOf(o).Elem())
+	for _, key := range sortedKeys(m) {
+		i := slices.IndexFunc(known, func(f field) bool { return f.key == key })
+		if i < 0 {
+			return Errorf(ErrInvalidArgument, "unknown option %q", key)
+		}
+		value := known[i].value
+		if value.Kind() == reflect.Pointer {
+			value.Set(reflect.New(value.Type().Elem()))
+			value = value.Elem()
+		}
+		if err := decodeValue(m[key], value, true); err != nil {
+			return Errorf(ErrInvalidArgument, "option %q: %v", key, err)
+		}
+	}
+	return nil
+}
+
+// DecodeRecord reads what a daemon said into the struct that r points to. Keys
+// that r does not have are left alone: a newer daemon may say more.
+func DecodeRecord(m map[string]godbus.Variant, r any) error {
+	return decodeStruct(m, reflect.ValueOf(r).Elem(), false)
+}
+
+func decodeStruct(m map[string]godbus.Variant, v reflect.Value, strict bool) error {
+	for _, f := range fields(v) {
+		variant, ok := m[f.key]
+		if !ok {
+			continue
+		}
+		if err := decodeValue(variant, f.value, strict); err != nil {
+			return fmt.Errorf("%q: %w", f.key, err)
+		}
+	}
+	return nil
+}
+
+func decodeValue(variant godbus.Variant, dest reflect.Value, strict bool) error {
+	want := signature(dest.Type())
+	if got := variant.Signature().String(); got != want {
+		return fmt.Errorf("its type is %q, and %q is expected", got, want)
+	}
+	switch x := variant.Value().(type) {
+	case uint64:
+		if dest.Type() == reflect.TypeFor[time.Time]() {
+			return decodeTime(x, dest)
+		}
+		dest.SetUint(x)
+	case string:
+		dest.SetString(x)
+		if e, ok := dest.Interface().(enum); strict && ok && !slices.Contains(e.Values(), x) {
+			return fmt.Errorf("%q is none of %s", x, strings.Join(e.Values(), ", "))
+		}
+	case []map[string]godbus.Variant:
+		dest.Set(reflect.MakeSlice(dest.Type(), len(x), len(x)))
+		for i, m := range x {
+			if err := decodeStruct(m, dest.Index(i), strict); err != nil {
+				return fmt.Errorf("entry %d: %w", i, err)
+			}
+		}
+	default:
+		dest.Set(reflect.ValueOf(x).Convert(dest.Type()))
+	}
+	return nil
+}
+
+func decodeTime(micros uint64, dest reflect.Value) error {
+	if micros > math.MaxInt64 {
+		return fmt.Errorf("%d µs is no time", micros)
+	}
+	dest.Set(reflect.ValueOf(Time(micros)))
+	return nil
+}
+
+// signature returns the D-Bus type of a field.
+func signature(t reflect.Type) string {
+	switch {
+	case t.Kind() == reflect.Pointer:
+		return signature(t.Elem())
+	case t == reflect.TypeFor[time.Time]():
+		return "t"
+	case t.Kind() == reflect.Slice && t.Elem().Kind() == reflect.Struct:
+		return "aa{sv}"
+	}
+	return godbus.SignatureOfType(t).String()
+}
+
+// Micros returns t in µs since the epoch; 0 for the zero time.
+func Micros(t time.Time) uint64 {
+	if t.IsZero() || t.UnixMicro() < 0 {
+		return 0
+	}
+	return uint64(t.UnixMicro())
+}
+
+// Time is the inverse of Micros.
+func Time(micros uint64) time.Time {
+	if micros == 0 {
+		return time.Time{}
+	}
+	return time.UnixMicro(int64(micros))
+}
+
+func sortedKeys[V any](m map[string]V) []string {
+	keys := make([]string, 0, len(m))
+	for k := range m {
+		keys = append(keys, k)
+	}
+	sort.Strings(keys)
+	return keys
+}

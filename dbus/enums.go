@@ -1,0 +1,126 @@
+package dbus
+
+// Mode is how an offering backs up.
+type Mode string
+
+// Compression is how data is compressed while a backup is written.
+type Compression string
+
+// Quiesce is how a guest is quieted for the point in time.
+type Quiesce string
+
+// BackupKind is whether a backup, or a disk in it, builds on a parent.
+type BackupKind string
+
+// BackupState is what is known of a backup's files.
+type BackupState string
+
+// Consistency is what a point in time is consistent for.
+type Consistency string
+
+// Tracking is how changes since the last backup are known.
+type Tracking string
+
+// RepositoryState is what is known of a repository.
+type RepositoryState string
+
+// Protection is whether a domain is being backed up.
+type Protection string
+
+// ChainState is whether a chain goes on.
+type ChainState string
+
+// JobState is how far a job is.
+type JobState string
+
+// Operation is what a job does.
+type Operation string
+
+// The values of the types above; interfaces/ says what they mean.
+const (
+	ModeFull        Mode = "full"
+	ModeIncremental Mode = "incremental"
+
+	CompressionNone Compression = "none"
+	CompressionZlib Compression = "zlib"
+	CompressionZstd Compression = "zstd"
+
+	QuiesceNone    Quiesce = "none"
+	QuiesceAgent   Quiesce = "agent"
+	QuiesceSuspend Quiesce = "suspend"
+
+	KindFull        BackupKind = "full"
+	KindIncremental BackupKind = "incremental"
+
+	BackupComplete BackupState = "complete"
+	BackupDamaged  BackupState = "damaged"
+	BackupMissing  BackupState = "missing"
+	BackupDeleting BackupState = "deleting"
+
+	ConsistencyApplication Consistency = "application"
+	ConsistencyFilesystem  Consistency = "filesystem"
+	ConsistencyCrash       Consistency = "crash"
+
+	TrackingCBT      Tracking = "cbt"
+	TrackingSnapshot Tracking = "snapshot"
+	TrackingDigest   Tracking = "digest"
+	TrackingNone     Tracking = "none"
+
+	RepositoryUnknown     RepositoryState = "unknown"
+	RepositoryChecking    RepositoryState = "checking"
+	RepositoryReady       RepositoryState = "ready"
+	RepositoryUnavailable RepositoryState = "unavailable"
+
+	ProtectionUnassigned Protection = "unassigned"
+	ProtectionPending    Protection = "pending"
+	ProtectionProtected  Protection = "protected"
+	ProtectionFailing    Protection = "failing"
+
+	ChainOpen     ChainState = "open"
+	ChainFinished ChainState = "finished"
+	ChainBroken   ChainState = "broken"
+
+	JobQueued     JobState = "queued"
+	JobRunning    JobState = "running"
+	JobCancelling JobState = "cancelling"
+	JobSucceeded  JobState = "succeeded"
+	JobFailed     JobState = "failed"
+	JobCancelled  JobState = "cancelled"
+
+	OperationBackup         Operation = "backup"
+	OperationRestore        Operation = "restore"
+	OperationRestoreInPlace Operation = "restore-in-place"
+	OperationVerify         Operation = "verify"
+	OperationDelete         Operation = "delete"
+	OperationCheck          Operation = "check"
+)
+
+// Final tells whether a job in this state has ended.
+func (s JobState) Final() bool {
+	return s == JobSucceeded || s == JobFailed || s == JobCancelled
+}
+
+// Values returns what a Mode can be.
+func (Mode) Values() []string { return []string{"full", "incremental"} }
+
+// Values returns what a Compression can be.
+func (Compression) Values() []string { return []string{"none", "zlib", "zstd"} }
+
+// Values returns what a Quiesce can be.
+func (Quiesce) Values() []string { return []string{"none", "agent", "suspend"} }
+
+// Values returns what a BackupKind can be.
+func (BackupKind) Values() []string { return []string{"full", "incremental"} }
+
+// Values returns what a BackupState can be.
+func (BackupState) Values() []string { return []string{"complete", "damaged", "missing", "deleting"} }
+
+// Values returns what a JobState can be.
+func (JobState) Values() []string {
+	return []string{"queued", "running", "cancelling", "succeeded", "failed", "cancelled"}
+}
+
+// Values returns what an Operation can be.
+func (Operation) Values() []string {
+	return []string{"backup", "restore", "restore-in-place", "verify", "delete", "check"}
+}

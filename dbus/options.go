@@ -1,0 +1,98 @@
+package dbus
+
+import "time"
+
+// NoOptions is what a call takes that has no options yet.
+type NoOptions struct{}
+
+// Settings are the settings of an offering, or what overrides them for one
+// backup. What is nil is left as it was, or at its default.
+type Settings struct {
+	Mode             *Mode        `dbus:"mode"`
+	Compression      *Compression `dbus:"compression"`
+	CompressionLevel *uint32      `dbus:"compression_level"`
+	Threads          *uint32      `dbus:"threads"`
+	ChainSize        *uint32      `dbus:"chain_size"`
+	Quiesce          *Quiesce     `dbus:"quiesce"`
+}
+
+// CreateRepositoryOptions are those of Manager.CreateRepository.
+type CreateRepositoryOptions struct {
+	// Existing refuses a directory that is no repository yet.
+	Existing bool `dbus:"existing"`
+	// MinimumFree is in bytes; nil for the daemon's default.
+	MinimumFree *uint64 `dbus:"minimum_free"`
+}
+
+// UpdateOfferingOptions are those of Offering.Update.
+type UpdateOfferingOptions struct {
+	Repository *string `dbus:"repository"`
+	Settings
+}
+
+// BackupOptions are those of Domain.Backup.
+type BackupOptions struct {
+	// Offering and Repository are names or ids; at most one is given. With
+	// neither, the domain's own offering is meant.
+	Offering   string `dbus:"offering"`
+	Repository string `dbus:"repository"`
+	Isolated   bool   `dbus:"isolated"`
+	Full       bool   `dbus:"full"`
+	Settings
+}
+
+// DeleteBackupOptions are those of Backup.Delete.
+type DeleteBackupOptions struct {
+	WithChildren bool `dbus:"with_children"`
+	DryRun       bool `dbus:"dry_run"`
+}
+
+// DeleteChainOptions are those of Chain.Delete.
+type DeleteChainOptions struct {
+	DryRun bool `dbus:"dry_run"`
+}
+
+// RestoreOptions are those of Backup.Restore.
+type RestoreOptions struct {
+	// Destination is a directory; empty for the daemon's default.
+	Destination string `dbus:"destination"`
+	// Disks are targets, as vda; empty for all.
+	Disks          []string `dbus:"disks"`
+	KeepMACs       bool     `dbus:"keep_macs"`
+	DropInterfaces bool     `dbus:"drop_interfaces"`
+	Start          bool     `dbus:"start"`
+}
+
+// RestoreInPlaceOptions are those of Backup.RestoreInPlace.
+type RestoreInPlaceOptions struct {
+	Disks []string `dbus:"disks"`
+	Start bool     `dbus:"start"`
+}
+
+// PlanRestoreOptions are those of Backup.PlanRestore.
+type PlanRestoreOptions struct {
+	InPlace bool   `dbus:"in_place"`
+	Name    string `dbus:"name"`
+	RestoreOptions
+}
+
+// BackupFilter is what Manager.ListBackups filters by; what is empty does not.
+type BackupFilter struct {
+	Domain     string       `dbus:"domain"`
+	Repository string       `dbus:"repository"`
+	Offering   string       `dbus:"offering"`
+	Chain      string       `dbus:"chain"`
+	State      *BackupState `dbus:"state"`
+	Kind       *BackupKind  `dbus:"kind"`
+	Since      *time.Time   `dbus:"since"`
+	Until      *time.Time   `dbus:"until"`
+}
+
+// JobFilter is what Manager.ListJobs filters by; what is empty does not.
+type JobFilter struct {
+	Domain    string     `dbus:"domain"`
+	Operation *Operation `dbus:"operation"`
+	State     *JobState  `dbus:"state"`
+	Since     *time.Time `dbus:"since"`
+	Until     *time.Time `dbus:"until"`
+}

@@ -1,0 +1,281 @@
+package dbus
+
+import "time"
+
+// Record is the properties of one object. interfaces/ says what each means.
+type Record interface {
+	// Ref names the object.
+	Ref() Ref
+	// Details are what polkit is told of the object, for its rules.
+	Details() map[string]string
+}
+
+// ManagerProperties are those of org.virtbackup1.Manager.
+type ManagerProperties struct {
+	Version          string    `dbus:"Version"`
+	Host             string    `dbus:"Host"`
+	Started          time.Time `dbus:"Started"`
+	LibvirtConnected bool      `dbus:"LibvirtConnected"`
+	LibvirtError     string    `dbus:"LibvirtError"`
+	JobsRunning      uint32    `dbus:"JobsRunning"`
+	JobsQueued       uint32    `dbus:"JobsQueued"`
+}
+
+// RepositoryProperties are those of org.virtbackup1.Repository.
+type RepositoryProperties struct {
+	ID           string          `dbus:"Id"`
+	Name         string          `dbus:"Name"`
+	Type         string          `dbus:"Type"`
+	Path         string          `dbus:"Path"`
+	State        RepositoryState `dbus:"State"`
+	StateMessage string          `dbus:"StateMessage"`
+	TotalBytes   uint64          `dbus:"TotalBytes"`
+	FreeBytes    uint64          `dbus:"FreeBytes"`
+	MinimumFree  uint64          `dbus:"MinimumFree"`
+	Checked      time.Time       `dbus:"Checked"`
+	Created      time.Time       `dbus:"Created"`
+}
+
+// OfferingProperties are those of org.virtbackup1.Offering.
+type OfferingProperties struct {
+	ID               string      `dbus:"Id"`
+	Name             string      `dbus:"Name"`
+	Repository       string      `dbus:"Repository"`
+	Mode             Mode        `dbus:"Mode"`
+	Compression      Compression `dbus:"Compression"`
+	CompressionLevel uint32      `dbus:"CompressionLevel"`
+	Threads          uint32      `dbus:"Threads"`
+	ChainSize        uint32      `dbus:"ChainSize"`
+	Quiesce          Quiesce     `dbus:"Quiesce"`
+	Domains          []string    `dbus:"Domains"`
+	Created          time.Time   `dbus:"Created"`
+}
+
+// DomainDisk is one of DomainProperties.Disks.
+type DomainDisk struct {
+	Target   string   `dbus:"target"`
+	Source   string   `dbus:"source"`
+	Format   string   `dbus:"format"`
+	Size     uint64   `dbus:"size"`
+	Tracking Tracking `dbus:"tracking"`
+	Cause    string   `dbus:"cause"`
+	Included bool     `dbus:"included"`
+}
+
+// DomainProperties are those of org.virtbackup1.Domain.
+type DomainProperties struct {
+	UUID           string       `dbus:"Uuid"`
+	Name           string       `dbus:"Name"`
+	State          string       `dbus:"State"`
+	Offering       string       `dbus:"Offering"`
+	Protection     Protection   `dbus:"Protection"`
+	LastBackup     string       `dbus:"LastBackup"`
+	LastBackupTime time.Time    `dbus:"LastBackupTime"`
+	LastError      string       `dbus:"LastError"`
+	Chain          string       `dbus:"Chain"`
+	ChainLength    uint32       `dbus:"ChainLength"`
+	Job            string       `dbus:"Job"`
+	Disks          []DomainDisk `dbus:"Disks"`
+}
+
+// ChainProperties are those of org.virtbackup1.Chain.
+type ChainProperties struct {
+	ID          string     `dbus:"Id"`
+	DomainUUID  string     `dbus:"DomainUuid"`
+	DomainName  string     `dbus:"DomainName"`
+	Repository  string     `dbus:"Repository"`
+	Offering    string     `dbus:"Offering"`
+	State       ChainState `dbus:"State"`
+	Cause       string     `dbus:"Cause"`
+	Length      uint32     `dbus:"Length"`
+	Backups     []string   `dbus:"Backups"`
+	StoredBytes uint64     `dbus:"StoredBytes"`
+	Created     time.Time  `dbus:"Created"`
+}
+
+// BackupDisk is one of BackupProperties.Disks.
+type BackupDisk struct {
+	Target      string     `dbus:"target"`
+	File        string     `dbus:"file"`
+	Format      string     `dbus:"format"`
+	Size        uint64     `dbus:"size"`
+	StoredBytes uint64     `dbus:"stored_bytes"`
+	DataBytes   uint64     `dbus:"data_bytes"`
+	Kind        BackupKind `dbus:"kind"`
+	Tracking    Tracking   `dbus:"tracking"`
+	Cause       string     `dbus:"cause"`
+}
+
+// BackupProperties are those of org.virtbackup1.Backup.
+type BackupProperties struct {
+	ID          string       `dbus:"Id"`
+	DomainUUID  string       `dbus:"DomainUuid"`
+	DomainName  string       `dbus:"DomainName"`
+	Repository  string       `dbus:"Repository"`
+	Offering    string       `dbus:"Offering"`
+	Chain       string       `dbus:"Chain"`
+	Parent      string       `dbus:"Parent"`
+	Kind        BackupKind   `dbus:"Kind"`
+	Isolated    bool         `dbus:"Isolated"`
+	State       BackupState  `dbus:"State"`
+	Consistency Consistency  `dbus:"Consistency"`
+	Quiesce     Quiesce      `dbus:"Quiesce"`
+	Created     time.Time    `dbus:"Created"`
+	Finished    time.Time    `dbus:"Finished"`
+	SizeBytes   uint64       `dbus:"SizeBytes"`
+	StoredBytes uint64       `dbus:"StoredBytes"`
+	DataBytes   uint64       `dbus:"DataBytes"`
+	Compression Compression  `dbus:"Compression"`
+	Causes      []string     `dbus:"Causes"`
+	Host        string       `dbus:"Host"`
+	Version     string       `dbus:"Version"`
+	Verified    time.Time    `dbus:"Verified"`
+	Children    []string     `dbus:"Children"`
+	Disks       []BackupDisk `dbus:"Disks"`
+}
+
+// JobProperties are those of org.virtbackup1.Job.
+type JobProperties struct {
+	ID           string    `dbus:"Id"`
+	Operation    Operation `dbus:"Operation"`
+	State        JobState  `dbus:"State"`
+	Phase        string    `dbus:"Phase"`
+	Progress     float64   `dbus:"Progress"`
+	BytesDone    uint64    `dbus:"BytesDone"`
+	BytesTotal   uint64    `dbus:"BytesTotal"`
+	Rate         uint64    `dbus:"Rate"`
+	ETA          time.Time `dbus:"Eta"`
+	DomainUUID   string    `dbus:"DomainUuid"`
+	DomainName   string    `dbus:"DomainName"`
+	Repository   string    `dbus:"Repository"`
+	Offering     string    `dbus:"Offering"`
+	Backup       string    `dbus:"Backup"`
+	Error        ErrorName `dbus:"Error"`
+	ErrorMessage string    `dbus:"ErrorMessage"`
+	Warnings     []string  `dbus:"Warnings"`
+	UID          uint32    `dbus:"Uid"`
+	Unit         string    `dbus:"Unit"`
+	Created      time.Time `dbus:"Created"`
+	Started      time.Time `dbus:"Started"`
+	Finished     time.Time `dbus:"Finished"`
+}
+
+// Err returns what the job failed with; nil unless it failed or was cancelled.
+func (p JobProperties) Err() error {
+	switch p.State {
+	case JobFailed:
+		return &Error{Name: p.Error, Message: p.ErrorMessage}
+	case JobCancelled:
+		return Errorf(ErrCancelled, "the job was cancelled")
+	}
+	return nil
+}
+
+// Setting is one of Manager.EffectiveConfiguration.
+type Setting struct {
+	Key    string `dbus:"key"`
+	Value  string `dbus:"value"`
+	Source string `dbus:"source"`
+}
+
+// LogMessage is one of Job.Log.
+type LogMessage struct {
+	Time    time.Time `dbus:"time"`
+	Level   string    `dbus:"level"`
+	Message string    `dbus:"message"`
+}
+
+// PlanDisk is one of RestorePlan.Disks.
+type PlanDisk struct {
+	Target      string   `dbus:"target"`
+	Destination string   `dbus:"destination"`
+	Format      string   `dbus:"format"`
+	Size        uint64   `dbus:"size"`
+	StoredBytes uint64   `dbus:"stored_bytes"`
+	Images      []string `dbus:"images"`
+}
+
+// RestorePlan is what Backup.PlanRestore returns.
+type RestorePlan struct {
+	InPlace    bool       `dbus:"in_place"`
+	DomainName string     `dbus:"domain_name"`
+	DomainUUID string     `dbus:"domain_uuid"`
+	Disks      []PlanDisk `dbus:"disks"`
+	Interfaces []string   `dbus:"interfaces"`
+	Warnings   []string   `dbus:"warnings"`
+	Refusals   []string   `dbus:"refusals"`
+}
+
+// Ref names the object.
+func (ManagerProperties) Ref() Ref { return Ref{Kind: KindManager} }
+
+// Ref names the object.
+func (p RepositoryProperties) Ref() Ref { return Ref{KindRepository, p.ID} }
+
+// Ref names the object.
+func (p OfferingProperties) Ref() Ref { return Ref{KindOffering, p.ID} }
+
+// Ref names the object.
+func (p DomainProperties) Ref() Ref { return Ref{KindDomain, p.UUID} }
+
+// Ref names the object.
+func (p ChainProperties) Ref() Ref { return Ref{KindChain, p.ID} }
+
+// Ref names the object.
+func (p BackupProperties) Ref() Ref { return Ref{KindBackup, p.ID} }
+
+// Ref names the object.
+func (p JobProperties) Ref() Ref { return Ref{KindJob, p.ID} }
+
+// Details has nothing to tell.
+func (ManagerProperties) Details() map[string]string { return map[string]string{} }
+
+// Details names the repository.
+func (p RepositoryProperties) Details() map[string]string { return details("", "", p.Name, "", "") }
+
+// Details names the offering and its repository.
+func (p OfferingProperties) Details() map[string]string {
+	return details("", "", p.Repository, p.Name, "")
+}
+
+// Details names the domain and its offering.
+func (p DomainProperties) Details() map[string]string {
+	return details(p.Name, p.UUID, "", p.Offering, "")
+}
+
+// Details names the domain, repository and offering of the chain.
+func (p ChainProperties) Details() map[string]string {
+	return details(p.DomainName, p.DomainUUID, p.Repository, p.Offering, "")
+}
+
+// Details names the backup, and its domain, repository and offering.
+func (p BackupProperties) Details() map[string]string {
+	return details(p.DomainName, p.DomainUUID, p.Repository, p.Offering, p.ID)
+}
+
+// Details names what the job is about.
+func (p JobProperties) Details() map[string]string {
+	return details(p.DomainName, p.DomainUUID, p.Repository, p.Offering, p.Backup)
+}
+
+// The keys of Record.Details, as a polkit rule looks them up.
+const (
+	DetailDomainName = "domain.name"
+	DetailDomainUUID = "domain.uuid"
+	DetailRepository = "repository"
+	DetailOffering   = "offering"
+	DetailBackup     = "backup"
+)
+
+func details(domainName, domainUUID, repository, offering, backup string) map[string]string {
+	all := map[string]string{
+		DetailDomainName: domainName, DetailDomainUUID: domainUUID, DetailRepository: repository,
+		DetailOffering: offering, DetailBackup: backup,
+	}
+	for k, v := range all {
+		if v == "" {
+			delete(all, k)
+		}
+	}
+	return all
+}

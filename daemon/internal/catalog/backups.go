@@ -1,0 +1,228 @@
+package catalog
+
+import (
+	"context"
+	"database/sql"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+)
+
+// Backup is one restore point of one domain, or the attempt to make one.
+type Backup struct {
+	ID          string
+	Domain      string // UUID
+	DomainName  string // at the time
+	Chain       string // the id of the full backup that it starts from: its own for a full one
+	Parent      string // "" for a full backup
+	Repository  string // id
+	Job         string
+	Kind        chain.Kind
+	State       chain.BackupState
+	Cause       chain.Cause // why it is full; "" for an increment
+	Isolated    bool
+	Consistency string // "application", "filesystem", "crash"; "" until known
+	Created     time.Time
+	Finished    time.Time
+	Size        uint64 // bytes of all disks, as the guest sees them
+	StoredBytes uint64
+	DataBytes   uint64
+	Error       string // why it failed or is damaged
+	Offering    string // its name at the time; "" if there was none
+	Settings
+	Manifest json.RawMessage // nil until complete; only Catalog.Backup reads it
+	Images   []Image         // only Catalog.Backup and LatestChain read them
+}
+
+// Image is one disk in one backup.
+type Image struct {
+	Target      string // "vda"
+	Kind        chain.Kind
+	Tracking    chain.Tracking // how its changes are known from this backup on
+	Cause       chain.Cause    // why it is full; "" for an increment
+	Source      string         // path, informative
+	Format      string         // of the source
+	Size        uint64         // bytes
+	StoredBytes uint64
+	DataBytes   uint64
+}
+
+// Link returns what the rules of chains need to know of the backup.
+func (b Backup) Link() chain.Backup {
+	link := chain.Backup{ID: b.ID, Chain: b.Chain, Parent: b.Parent, Kind: b.Kind, State: b.State}
+	for _, i := range b.Images {
+		link.Images = append(link.Images, chain.Image{Target: i.Target, Kind: i.Kind, Size: i.Size})
+	}
+	return link
+}
+
+const backupColumns = `id, domain, domain_name, coalesce(chain, id), coalesce(parent, ''), repository, job, kind, state, cause,
+	isolated, consistency, created, finished, size, stored_bytes, data_bytes, error,
+	offering, mode, compression, level, threads, chain_size, quiesce`
+
+func scanBackup(from row) (b Backup, err error) {
+	err = from.Scan(&b.ID, &b.Domain, &b.DomainName, &b.Chain, &b.Parent, &b.Repository, &b.Job, &b.Kind, &b.State, &b.Cause,
+		&b.Isolated, &b.Consistency, timestamp{&b.Created}, timestamp{&b.Finished}, &b.Size, &b.StoredBytes, &b.DataBytes, &b.Error,
+		&b.Offering, &b.Mode, &b.Compression, &b.Level, &b.Threads, &b.ChainSize, &b.Quiesce)
+	return b, err
+}
+
+func scanImage(from row) (i Image, err error) {
+	err = from.Scan(&i.Target, &i.Kind, &i.Tracking, &i.Cause, &i.Source, &i.Format, &i.Size, &i.StoredBytes, &i.DataBytes)
+	return i, err
+}
+
+func oneBackup(ctx context.Context, tx *sql.Tx, id string) (Backup, error) {
+	b, err := scanBackup(tx.QueryRowContext(ctx, "SELECT "+backupColumns+" FROM backups WHERE id = ?", id))
+	if err != nil {
+		return b, err
+	}
+	b.Images, err = collect(ctx, tx, scanImage, `SELECT target, kind, tracking, cause, source, format, size, stored_bytes, data_bytes
+		FROM images WHERE backup = ? ORDER BY position`, id)
+	return b, err
+}
+
+// Backup returns one backup with its images and manifest.
+func (c *Catalog) Backup(ctx context.Context, id string) (b Backup, err error) {
+	err = c.read(ctx, "read backup "+id, func(tx *sql.Tx) (err error) {
+		if b, err = oneBackup(ctx, tx, id); err != nil {
+			return err
+		}
+		var manifest string
+		if err := tx.QueryRowContext(ctx, "SELECT manifest FROM backups WHERE id = ?", id).Scan(&manifest); err != nil {
+			return err
+		}
+		if manifest != "" {
+			b.Manifest = json.RawMessage(manifest)
+		}
+		return nil
+	})
+	return b, err
+}
+
+// BackupFilter selects backups; a zero field selects all.
+type BackupFilter struct {
+	Domain     string // UUID
+	Repository string // id
+	Chain      string
+	Offering   string
+	States     []chain.BackupState
+	Since      time.Time // created at or after
+	Until      time.Time // created before
+}
+
+// Page asks for a part of a list, newest first.
+type Page struct {
+	Limit int    // at most so many; 0 for maximumPage, which is also the most
+	After string // the id of the last one of the page before; "" for the first page
+}
+
+const maximumPage = 1000
+
+func (p Page) limit() int {
+	if p.Limit <= 0 || p.Limit > maximumPage {
+		return maximumPage
+	}
+	return p.Limit
+}
+
+// ListBackups returns a page of backups, newest first, without images and
+// manifest. The next page starts after the last one's id; it is the last page
+// when it has fewer than asked for.
+func (c *Catalog) ListBackups(ctx context.Context, f BackupFilter, p Page) (list []Backup, err error) {
+	var q conditions
+	q.equal("domain", f.Domain)
+	q.equal("repository", f.Repository)
+	q.equal("coalesce(chain, id)", f.Chain)
+	q.equal("offering", f.Offering)
+	oneOf(&q, "state", f.States)
+	q.window(f.Since, f.Until)
+	q.after(p)
+	err = c.read(ctx, "list backups", func(tx *sql.Tx) (err error) {
+		list, err = collect(ctx, tx, scanBackup, "SELECT "+backupColumns+" FROM backups"+q.where()+" ORDER BY id DESC LIMIT ?",
+			append(q.args, p.limit())...)
+		return err
+	})
+	return list, err
+}
+
+// ChainBackups returns the backups of a chain with their images, the full one
+// first. Failed ones are left out.
+func (c *Catalog) ChainBackups(ctx context.Context, id string) (list []Backup, err error) {
+	err = c.read(ctx, "read backups of chain "+id, func(tx *sql.Tx) error {
+		ids, err := collect(ctx, tx, scanString, `WITH RECURSIVE line (id, depth) AS (
+			SELECT id, 0 FROM backups WHERE chain = ? AND parent IS NULL AND state <> 'failed'
+			UNION ALL SELECT b.id, depth + 1 FROM backups AS b JOIN line ON b.parent = line.id WHERE b.state <> 'failed')
+			SELECT id FROM line ORDER BY depth`, id)
+		if err != nil {
+			return err
+		}
+		for _, id := range ids {
+			b, err := oneBackup(ctx, tx, id)
+			if err != nil {
+				return err
+			}
+			list = append(list, b)
+		}
+		return nil
+	})
+	return list, err
+}
+
+func scanString(from row) (s string, err error) {
+	err = from.Scan(&s)
+	return s, err
+}
+
+// conditions collects the WHERE clause of a filter.
+type conditions struct {
+	terms []string
+	args  []any
+}
+
+func (q *conditions) add(term string, args ...any) {
+	q.terms = append(q.terms, term)
+	q.args = append(q.args, args...)
+}
+
+func (q *conditions) equal(column, value string) {
+	if value != "" {
+		q.add(column+" = ?", value)
+	}
+}
+
+func (q *conditions) window(since, until time.Time) {
+	if !since.IsZero() {
+		q.add("created >= ?", toMicro(since))
+	}
+	if !until.IsZero() {
+		q.add("created < ?", toMicro(until))
+	}
+}
+
+func (q *conditions) after(p Page) {
+	if p.After != "" {
+		q.add("id < ?", p.After)
+	}
+}
+
+func oneOf[T any](q *conditions, column string, values []T) {
+	if len(values) == 0 {
+		return
+	}
+	args := make([]any, len(values))
+	for i, v := range values {
+		args[i] = v
+	}
+	q.add(fmt.Sprintf("%s IN (?%s)", column, strings.Repeat(", ?", len(values)-1)), args...)
+}
+
+func (q *conditions) where() string {
+	if len(q.terms) == 0 {
+		return ""
+	}
+	return " WHERE " + strings.Join(q.terms, " AND ")
+}

@@ -1,0 +1,82 @@
+package catalog
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+)
+
+// BeginDelete records that these backups are going to be deleted, together
+// with the job's step: from now on nothing is built on them or restored from
+// them. A chain that loses its newest backup ends. ErrInUse: a backup that is
+// not among them builds on one of them; ErrState: one is running.
+func (c *Catalog) BeginDelete(ctx context.Context, ids []string, step Step) error {
+	return c.write(ctx, "begin deletion", func(tx *sql.Tx) error {
+		ended := map[string]bool{}
+		for _, id := range ids {
+			b, err := oneBackup(ctx, tx, id)
+			if err != nil {
+				return fmt.Errorf("backup %s: %w", id, err)
+			}
+			if b.State == chain.Running {
+				return fmt.Errorf("backup %s is %s: %w", id, b.State, ErrState)
+			}
+			tip, err := chainTip(ctx, tx, b.Chain)
+			if err != nil {
+				return err
+			}
+			if tip != nil && tip.ID == id {
+				ended[b.Chain] = true
+			}
+			if _, err := tx.ExecContext(ctx, "UPDATE backups SET state = 'deleting' WHERE id = ?", id); err != nil {
+				return err
+			}
+		}
+		if err := noneBuildsOnDeleting(ctx, tx); err != nil {
+			return err
+		}
+		for id := range ended {
+			if err := endChain(ctx, tx, id, chain.Finished, chain.BackupDeleted); err != nil {
+				return err
+			}
+		}
+		return recordStep(ctx, tx, step)
+	})
+}
+
+func noneBuildsOnDeleting(ctx context.Context, tx *sql.Tx) error {
+	children, err := collect(ctx, tx, scanString, `SELECT child.id FROM backups AS child JOIN backups AS parent ON child.parent = parent.id
+		WHERE parent.state = 'deleting' AND child.state NOT IN ('deleting', 'failed') ORDER BY child.id`)
+	if err != nil {
+		return err
+	}
+	if len(children) > 0 {
+		return fmt.Errorf("backups %v build on it: %w", children, ErrInUse)
+	}
+	return nil
+}
+
+// DeleteBackups forgets backups that are gone from the repository, and the
+// chains that have none left. ErrState: BeginDelete was not called for one.
+// Ids that are not known (any more) are passed over.
+func (c *Catalog) DeleteBackups(ctx context.Context, ids []string) error {
+	return c.write(ctx, "forget deleted backups", func(tx *sql.Tx) error {
+		for _, id := range ids {
+			state, err := collect(ctx, tx, scanString, "SELECT state FROM backups WHERE id = ?", id)
+			if err != nil {
+				return err
+			}
+			if len(state) == 1 && state[0] != string(chain.Deleting) {
+				return fmt.Errorf("backup %s is %s: %w", id, state[0], ErrState)
+			}
+			// Failed increments that were to build on it have no other trace than their row.
+			if _, err := tx.ExecContext(ctx, "DELETE FROM backups WHERE id = ?1 OR (parent = ?1 AND state = 'failed')", id); err != nil {
+				return err
+			}
+		}
+		_, err := tx.ExecContext(ctx, "DELETE FROM chains WHERE NOT EXISTS (SELECT 1 FROM backups WHERE chain = chains.id)")
+		return err
+	})
+}

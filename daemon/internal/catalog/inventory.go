@@ -1,0 +1,217 @@
+package catalog
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+	"time"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+)
+
+// Repository is secondary storage that is known to this host.
+type Repository struct {
+	ID      string // as in virtbackup-repository.json
+	Name    string
+	Type    string // "dir"
+	Path    string
+	Created time.Time
+}
+
+// Settings are the options of an offering; a backup records those it ran with.
+type Settings struct {
+	Mode        chain.Mode
+	Compression string // "none", "zlib", "zstd"
+	Level       int    // 0: the compression's default
+	Threads     int    // 0: as many as the host allows
+	ChainSize   int    // backups in a chain, the full one included; 0: no bound
+	Quiesce     string // "none", "agent", "suspend"
+}
+
+// Offering is a named set of backup options.
+type Offering struct {
+	Name       string
+	Repository string // id
+	Settings
+	Created time.Time
+}
+
+// Domain is a libvirt domain that was assigned, backed up, or both.
+type Domain struct {
+	UUID     string
+	Name     string // last seen
+	Offering string // "" if it is assigned to none
+}
+
+// CreateRepository adds a repository. ErrExists: its id, name or path is taken.
+func (c *Catalog) CreateRepository(ctx context.Context, r Repository) error {
+	return c.write(ctx, "create repository "+r.Name, func(tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, "INSERT INTO repositories (id, name, type, path, created) VALUES (?, ?, ?, ?, ?)",
+			r.ID, r.Name, r.Type, r.Path, toMicro(r.Created))
+		return err
+	})
+}
+
+// RemoveRepository forgets a repository. ErrInUse: an offering or a backup is in it.
+func (c *Catalog) RemoveRepository(ctx context.Context, id string) error {
+	return c.write(ctx, "remove repository "+id, func(tx *sql.Tx) error {
+		return exactlyOne(tx.ExecContext(ctx, "DELETE FROM repositories WHERE id = ?", id))
+	})
+}
+
+const repositoryColumns = "id, name, type, path, created"
+
+func scanRepository(from row) (r Repository, err error) {
+	err = from.Scan(&r.ID, &r.Name, &r.Type, &r.Path, timestamp{&r.Created})
+	return r, err
+}
+
+// Repository returns the repository with this id.
+func (c *Catalog) Repository(ctx context.Context, id string) (r Repository, err error) {
+	err = c.read(ctx, "read repository "+id, func(tx *sql.Tx) (err error) {
+		r, err = scanRepository(tx.QueryRowContext(ctx, "SELECT "+repositoryColumns+" FROM repositories WHERE id = ?", id))
+		return err
+	})
+	return r, err
+}
+
+// RepositoryByName returns the repository with this name.
+func (c *Catalog) RepositoryByName(ctx context.Context, name string) (r Repository, err error) {
+	err = c.read(ctx, "find repository "+name, func(tx *sql.Tx) (err error) {
+		r, err = scanRepository(tx.QueryRowContext(ctx, "SELECT "+repositoryColumns+" FROM repositories WHERE name = ?", name))
+		return err
+	})
+	return r, err
+}
+
+// Repositories returns all repositories by name.
+func (c *Catalog) Repositories(ctx context.Context) (all []Repository, err error) {
+	err = c.read(ctx, "list repositories", func(tx *sql.Tx) (err error) {
+		all, err = collect(ctx, tx, scanRepository, "SELECT "+repositoryColumns+" FROM repositories ORDER BY name")
+		return err
+	})
+	return all, err
+}
+
+// CreateOffering adds an offering. ErrExists: the name is taken; ErrNotFound: no such repository.
+func (c *Catalog) CreateOffering(ctx context.Context, o Offering) error {
+	return c.write(ctx, "create offering "+o.Name, func(tx *sql.Tx) error {
+		if err := mustExist(ctx, tx, "repository", "repositories", "id", o.Repository); err != nil {
+			return err
+		}
+		_, err := tx.ExecContext(ctx, `INSERT INTO offerings
+			(name, repository, mode, compression, level, threads, chain_size, quiesce, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+			o.Name, o.Repository, o.Mode, o.Compression, o.Level, o.Threads, o.ChainSize, o.Quiesce, toMicro(o.Created))
+		return err
+	})
+}
+
+// UpdateOffering replaces repository and settings of the offering with this name.
+func (c *Catalog) UpdateOffering(ctx context.Context, o Offering) error {
+	return c.write(ctx, "update offering "+o.Name, func(tx *sql.Tx) error {
+		if err := mustExist(ctx, tx, "repository", "repositories", "id", o.Repository); err != nil {
+			return err
+		}
+		return exactlyOne(tx.ExecContext(ctx, `UPDATE offerings SET
+			repository = ?, mode = ?, compression = ?, level = ?, threads = ?, chain_size = ?, quiesce = ? WHERE name = ?`,
+			o.Repository, o.Mode, o.Compression, o.Level, o.Threads, o.ChainSize, o.Quiesce, o.Name))
+	})
+}
+
+// RemoveOffering forgets an offering. ErrInUse: a domain is assigned to it.
+func (c *Catalog) RemoveOffering(ctx context.Context, name string) error {
+	return c.write(ctx, "remove offering "+name, func(tx *sql.Tx) error {
+		return exactlyOne(tx.ExecContext(ctx, "DELETE FROM offerings WHERE name = ?", name))
+	})
+}
+
+const offeringColumns = "name, repository, mode, compression, level, threads, chain_size, quiesce, created"
+
+func scanOffering(from row) (o Offering, err error) {
+	err = from.Scan(&o.Name, &o.Repository, &o.Mode, &o.Compression, &o.Level, &o.Threads, &o.ChainSize, &o.Quiesce, timestamp{&o.Created})
+	return o, err
+}
+
+// Offering returns the offering with this name.
+func (c *Catalog) Offering(ctx context.Context, name string) (o Offering, err error) {
+	err = c.read(ctx, "read offering "+name, func(tx *sql.Tx) (err error) {
+		o, err = scanOffering(tx.QueryRowContext(ctx, "SELECT "+offeringColumns+" FROM offerings WHERE name = ?", name))
+		return err
+	})
+	return o, err
+}
+
+// Offerings returns all offerings by name.
+func (c *Catalog) Offerings(ctx context.Context) (all []Offering, err error) {
+	err = c.read(ctx, "list offerings", func(tx *sql.Tx) (err error) {
+		all, err = collect(ctx, tx, scanOffering, "SELECT "+offeringColumns+" FROM offerings ORDER BY name")
+		return err
+	})
+	return all, err
+}
+
+// SeenDomain records a domain and its name, and leaves its offering as it is.
+func (c *Catalog) SeenDomain(ctx context.Context, uuid, name string) error {
+	return c.write(ctx, "record domain "+uuid, func(tx *sql.Tx) error { return seenDomain(ctx, tx, uuid, name) })
+}
+
+func seenDomain(ctx context.Context, tx *sql.Tx, uuid, name string) error {
+	_, err := tx.ExecContext(ctx, `INSERT INTO domains (uuid, name) VALUES (?, ?)
+		ON CONFLICT (uuid) DO UPDATE SET name = excluded.name WHERE name <> excluded.name`, uuid, name)
+	return err
+}
+
+// AssignDomain assigns a domain to an offering, in place of the one it had. ErrNotFound: no such offering.
+func (c *Catalog) AssignDomain(ctx context.Context, uuid, name, offering string) error {
+	return c.write(ctx, "assign domain "+name, func(tx *sql.Tx) error {
+		if err := mustExist(ctx, tx, "offering", "offerings", "name", offering); err != nil {
+			return err
+		}
+		if err := seenDomain(ctx, tx, uuid, name); err != nil {
+			return err
+		}
+		return exactlyOne(tx.ExecContext(ctx, "UPDATE domains SET offering = ? WHERE uuid = ?", offering, uuid))
+	})
+}
+
+// UnassignDomain takes a domain from its offering; its backups stay.
+func (c *Catalog) UnassignDomain(ctx context.Context, uuid string) error {
+	return c.write(ctx, "unassign domain "+uuid, func(tx *sql.Tx) error {
+		return exactlyOne(tx.ExecContext(ctx, "UPDATE domains SET offering = NULL WHERE uuid = ? AND offering IS NOT NULL", uuid))
+	})
+}
+
+func scanDomain(from row) (d Domain, err error) {
+	err = from.Scan(&d.UUID, &d.Name, &d.Offering)
+	return d, err
+}
+
+// Domain returns what is known of a domain.
+func (c *Catalog) Domain(ctx context.Context, uuid string) (d Domain, err error) {
+	err = c.read(ctx, "read domain "+uuid, func(tx *sql.Tx) (err error) {
+		d, err = scanDomain(tx.QueryRowContext(ctx, "SELECT uuid, name, coalesce(offering, '') FROM domains WHERE uuid = ?", uuid))
+		return err
+	})
+	return d, err
+}
+
+// Domains returns the known domains by name; with an offering, only those assigned to it.
+func (c *Catalog) Domains(ctx context.Context, offering string) (all []Domain, err error) {
+	err = c.read(ctx, "list domains", func(tx *sql.Tx) (err error) {
+		all, err = collect(ctx, tx, scanDomain, `SELECT uuid, name, coalesce(offering, '') FROM domains
+			WHERE ?1 = '' OR offering = ?1 ORDER BY name, uuid`, offering)
+		return err
+	})
+	return all, err
+}
+
+func mustExist(ctx context.Context, tx *sql.Tx, what, table, column, value string) error {
+	var found bool
+	if err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT 1 FROM "+table+" WHERE "+column+" = ?)", value).Scan(&found); err != nil {
+		return err
+	}
+	if !found {
+		return fmt.Errorf("%s %q: %w", what, value, ErrNotFound)
+	}
+	return nil
+}

@@ -1,0 +1,149 @@
+// Package job runs long operations: each is recorded in the catalog before
+// anything is done for it, survives restarts of the daemon, can be cancelled,
+// and reaches exactly one end.
+package job
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"time"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+)
+
+var (
+	// ErrDetach is the cause of a Kind's context when the daemon goes down:
+	// return and leave workers alone; Run is called again after the restart.
+	ErrDetach = errors.New("the daemon goes down")
+	// ErrCancelled is the cause of a Kind's context when somebody cancelled the job.
+	ErrCancelled = errors.New("the job was cancelled")
+	// ErrTooMany says that the caller, or the queue, has too many unfinished jobs.
+	ErrTooMany = errors.New("too many unfinished jobs")
+	// ErrUnknownKind says that no such kind of job is registered.
+	ErrUnknownKind = errors.New("unknown kind of job")
+)
+
+// Kind is what a kind of job does.
+type Kind interface {
+	// Run does the work. After a restart of the daemon it is called again with
+	// the recorded step, and carries on from there; it may then find its context
+	// cancelled already, by ErrCancelled. A nil error is success, even when the
+	// job was to be cancelled: the work had been done.
+	Run(ctx context.Context, h *Handle) error
+	// Undo clears up after Run failed or was cancelled, and tells why by
+	// Handle.Failure. It is called again after a restart, so it has to bear that.
+	// Its context ends only when the daemon goes down.
+	Undo(ctx context.Context, h *Handle) error
+}
+
+// NamedError is an error with a name for the bus, which is the job's error name then.
+type NamedError interface {
+	error
+	ErrorName() string // without the prefix "org.virtbackup1.Error."
+}
+
+// Names of errors that have none.
+const (
+	nameFailed    = "Failed"
+	nameCancelled = "Cancelled"
+	nameInternal  = "Internal"
+)
+
+// Request asks for a job.
+type Request struct {
+	Kind       string
+	Domain     string // UUID: jobs of one domain run one after another; "" for none
+	Repository string // id, for the bound of jobs per repository; "" for none
+	Backup     string // id, if it is about one
+	Spec       any    // kept as JSON
+	UID        uint32 // who asks
+}
+
+// Limits bound how many jobs there are. 0 is no bound.
+type Limits struct {
+	Concurrent              int // running at once
+	ConcurrentPerRepository int
+	PerUser                 int // unfinished jobs of one user; root has no bound
+	Queue                   int // waiting jobs
+}
+
+// Options are what an Engine is made with.
+type Options struct {
+	Limits Limits
+	Logger *slog.Logger
+	// Ended jobs are forgotten when they are older, or more.
+	KeepFor  time.Duration
+	KeepMost int
+}
+
+// Status is a job as it is at this moment.
+type Status struct {
+	catalog.Job
+	Rate float64       // bytes per second, smoothed; 0 when not known
+	ETA  time.Duration // until the phase's end; 0 when not known
+}
+
+// Handle is a running job's side of the engine.
+type Handle struct {
+	engine  *Engine
+	entry   *entry
+	job     catalog.Job
+	logger  *slog.Logger
+	failure error
+}
+
+// Job returns the job as it was recorded when Run or Undo was called, with the last step.
+func (h *Handle) Job() catalog.Job { return h.job }
+
+// Failure returns, in Undo, why the work is undone.
+func (h *Handle) Failure() error { return h.failure }
+
+// Logger returns a logger that names the job.
+func (h *Handle) Logger() *slog.Logger { return h.logger }
+
+// Step records durably how far the job has come.
+func (h *Handle) Step(ctx context.Context, name string, data any) error {
+	step, err := h.NewStep(name, data)
+	if err != nil {
+		return err
+	}
+	return h.engine.catalog.RecordStep(ctx, step)
+}
+
+// NewStep makes a step that is to be recorded together with something else,
+// by a method of the catalog that takes one.
+func (h *Handle) NewStep(name string, data any) (catalog.Step, error) {
+	raw, err := json.Marshal(data)
+	if err != nil {
+		return catalog.Step{}, err
+	}
+	return catalog.Step{Job: h.job.ID, Name: name, Data: raw}, nil
+}
+
+// Progress says how far the phase is, in bytes. It is kept in memory only.
+func (h *Handle) Progress(phase string, done, total uint64) {
+	h.engine.progress(h.entry, phase, done, total)
+}
+
+// SetResult sets what the job has to tell at its end; it must marshal to JSON.
+func (h *Handle) SetResult(v any) error {
+	raw, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	h.engine.setResult(h.entry, raw)
+	return nil
+}
+
+// Log writes to the journal and to the job's own log, which people read with the job.
+func (h *Handle) Log(ctx context.Context, level slog.Level, message string) {
+	h.logger.Log(ctx, level, message)
+	// Also when the job has just been cancelled: its log says what it did about that.
+	err := h.engine.catalog.AddJobMessage(context.WithoutCancel(ctx), h.job.ID,
+		catalog.Message{Time: time.Now(), Level: level, Text: message})
+	if err != nil {
+		h.logger.WarnContext(ctx, "cannot write to the job's log", "error", err)
+	}
+}

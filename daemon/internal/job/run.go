@@ -1,0 +1,219 @@
+package job
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"time"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+)
+
+// retryInterval is how long to wait before writing to the catalog again after
+// that failed: the disk may be full, and a job's end must not be lost.
+const retryInterval = 2 * time.Second
+
+// failure is why a job does not succeed.
+type failure struct {
+	name string
+	err  error
+}
+
+// run starts a job's goroutine. The engine's mutex is held.
+func (e *Engine) run(en *entry) {
+	ctx, cancel := context.WithCancelCause(e.base)
+	if en.job.State == catalog.JobCancelling {
+		cancel(ErrCancelled)
+	}
+	en.cancel = cancel
+	e.tasks.Go(func() {
+		defer cancel(nil)
+		e.execute(ctx, en)
+	})
+}
+
+// execute takes a job from where it is to its end, or until the daemon goes down.
+func (e *Engine) execute(ctx context.Context, en *entry) {
+	h, err := e.begin(en)
+	if errors.Is(err, ErrCancelled) {
+		e.endCancelled(en)
+		return
+	}
+	if err != nil {
+		return // the daemon goes down
+	}
+	kind, known := e.kinds[h.job.Kind]
+	if !known { // another version's
+		kind = unknownKind{}
+	}
+	why := failure{h.job.ErrorName, errors.New(h.job.ErrorMessage)}
+	if !h.job.Undoing {
+		if why.err = guard(func() error { return kind.Run(ctx, h) }); why.err == nil {
+			e.end(en, catalog.JobSucceeded, failure{})
+			return
+		}
+		if e.base.Err() != nil {
+			return // it carries on after the restart
+		}
+		why.name = errorName(ctx, why.err)
+		// On disk before anything is undone: Run must not meet what Undo has begun to remove.
+		if e.insist(func(ctx context.Context) error {
+			return e.catalog.FailingJob(ctx, h.job.ID, why.name, why.err.Error())
+		}) != nil {
+			return
+		}
+	}
+	e.undo(en, kind, why)
+}
+
+// undo clears up after a job that failed or was cancelled, and ends it.
+func (e *Engine) undo(en *entry, kind Kind, why failure) {
+	h, err := e.reload(en)
+	if err != nil {
+		return
+	}
+	h.failure = why.err
+	err = guard(func() error { return kind.Undo(e.base, h) })
+	if err != nil && e.base.Err() != nil {
+		return
+	}
+	if err != nil {
+		h.logger.Error("cannot clear up after the job", "error", err)
+		why.err = fmt.Errorf("%w; cannot clear up: %w", why.err, err)
+	}
+	state := catalog.JobFailed
+	if why.name == nameCancelled {
+		state = catalog.JobCancelled
+	}
+	e.end(en, state, why)
+}
+
+// begin marks a job as running. ErrCancelled: it was cancelled while it waited.
+func (e *Engine) begin(en *entry) (*Handle, error) {
+	h, err := e.reload(en)
+	if err != nil {
+		return nil, err
+	}
+	if h.job.Started.IsZero() {
+		h.job.Started = time.Now()
+		err := e.insist(func(ctx context.Context) error { return e.catalog.StartJob(ctx, h.job.ID, h.job.Started) })
+		if errors.Is(err, catalog.ErrState) {
+			return nil, ErrCancelled
+		}
+		if err != nil {
+			return nil, err
+		}
+		h.job.State = catalog.JobRunning
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	en.job.Started = h.job.Started
+	if en.job.State != catalog.JobCancelling { // Cancel may have been faster
+		en.job.State = h.job.State
+	}
+	e.publish(en)
+	return h, nil
+}
+
+// reload makes a handle of the job as it is recorded now.
+func (e *Engine) reload(en *entry) (*Handle, error) {
+	var j catalog.Job
+	err := e.insist(func(ctx context.Context) (err error) {
+		j, err = e.catalog.Job(ctx, en.job.ID) // an id never changes: no lock needed
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	logger := e.options.Logger.With("job", j.ID, "kind", j.Kind)
+	if j.Domain != "" {
+		logger = logger.With("domain", j.Domain)
+	}
+	if j.Backup != "" {
+		logger = logger.With("backup", j.Backup)
+	}
+	return &Handle{engine: e, entry: en, job: j, logger: logger}, nil
+}
+
+func (e *Engine) endCancelled(en *entry) {
+	e.end(en, catalog.JobCancelled, failure{nameCancelled, ErrCancelled})
+}
+
+// end records a job's end, and lets others run.
+func (e *Engine) end(en *entry, state catalog.JobState, why failure) {
+	e.mu.Lock()
+	end := catalog.JobEnd{State: state, Result: en.job.Result, Finished: time.Now(),
+		Phase: en.meter.phase, Done: en.meter.done, Total: en.meter.total}
+	e.mu.Unlock()
+	if why.err != nil {
+		end.ErrorName, end.ErrorMessage = why.name, why.err.Error()
+	}
+	if e.insist(func(ctx context.Context) error { return e.catalog.EndJob(ctx, en.job.ID, end) }) != nil {
+		return
+	}
+	e.mu.Lock()
+	en.job.State, en.job.Finished = end.State, end.Finished
+	en.job.ErrorName, en.job.ErrorMessage = end.ErrorName, end.ErrorMessage
+	delete(e.active, en.job.ID)
+	e.publish(en)
+	e.dispatch()
+	e.mu.Unlock()
+	close(en.ended)
+	if err := e.prune(context.WithoutCancel(e.base)); err != nil {
+		e.options.Logger.Warn("cannot forget old jobs", "error", err)
+	}
+}
+
+// insist calls fn until it succeeds, or cannot succeed, or the daemon goes down.
+// It is tried at least once: what is known should not be lost to a shutdown.
+func (e *Engine) insist(fn func(context.Context) error) error {
+	for {
+		err := fn(context.WithoutCancel(e.base))
+		if err == nil || errors.Is(err, catalog.ErrState) || errors.Is(err, catalog.ErrNotFound) {
+			return err
+		}
+		e.options.Logger.Error("cannot use the catalog, will try again", "error", err)
+		select {
+		case <-time.After(retryInterval):
+		case <-e.base.Done():
+			return ErrDetach
+		}
+	}
+}
+
+// errorName returns the name of an error for the bus.
+func errorName(ctx context.Context, err error) string {
+	if errors.Is(context.Cause(ctx), ErrCancelled) {
+		return nameCancelled
+	}
+	var n NamedError
+	if errors.As(err, &n) {
+		return n.ErrorName()
+	}
+	return nameFailed
+}
+
+// panicError is a panic of a kind: a mistake of ours, which must not take the other jobs down.
+type panicError struct {
+	value any
+	stack []byte
+}
+
+func (p *panicError) Error() string     { return fmt.Sprintf("internal error: %v\n%s", p.value, p.stack) }
+func (p *panicError) ErrorName() string { return nameInternal }
+
+func guard(fn func() error) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = &panicError{value: v, stack: debug.Stack()}
+		}
+	}()
+	return fn()
+}
+
+// unknownKind stands for a kind that this version does not have.
+type unknownKind struct{}
+
+func (unknownKind) Run(context.Context, *Handle) error  { return ErrUnknownKind }
+func (unknownKind) Undo(context.Context, *Handle) error { return nil }

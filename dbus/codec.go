@@ -40,23 +40,32 @@ func fields(v reflect.Value) []field {
 	return out
 }
 
-// Encode returns the a{sv} of a record or of options. Absent (nil) fields are
-// left out.
-func Encode(record any) map[string]godbus.Variant {
-	return encodeStruct(reflect.Indirect(reflect.ValueOf(record)))
+// EncodeRecord returns all fields of a record. It has no pointers.
+func EncodeRecord(record any) map[string]godbus.Variant {
+	out := make(map[string]godbus.Variant)
+	for _, f := range fields(reflect.Indirect(reflect.ValueOf(record))) {
+		out[f.key] = godbus.MakeVariant(encodeValue(f.value))
+	}
+	return out
 }
 
-func encodeStruct(v reflect.Value) map[string]godbus.Variant {
+// EncodeRecords returns all fields of each record of a list.
+func EncodeRecords[R any](records []R) []map[string]godbus.Variant {
+	out := make([]map[string]godbus.Variant, len(records))
+	for i, r := range records {
+		out[i] = EncodeRecord(r)
+	}
+	return out
+}
+
+// EncodeOptions returns the options that are given: empty fields are left out,
+// but what a pointer points to is given even where it is empty.
+func EncodeOptions(o any) map[string]godbus.Variant {
 	out := make(map[string]godbus.Variant)
-	for _, f := range fields(v) {
-		value := f.value
-		if value.Kind() == reflect.Pointer {
-			if value.IsNil() {
-				continue
-			}
-			value = value.Elem()
+	for _, f := range fields(reflect.ValueOf(o)) {
+		if !f.value.IsZero() {
+			out[f.key] = godbus.MakeVariant(encodeValue(reflect.Indirect(f.value)))
 		}
-		out[f.key] = godbus.MakeVariant(encodeValue(value))
 	}
 	return out
 }
@@ -74,7 +83,7 @@ func encodeValue(v reflect.Value) any {
 	case reflect.Slice:
 		list := make([]map[string]godbus.Variant, v.Len())
 		for i := range list {
-			list[i] = encodeStruct(v.Index(i))
+			list[i] = EncodeRecord(v.Index(i).Interface())
 		}
 		return list
 	default:

@@ -109,7 +109,7 @@ func fromCall(err error) error {
 	case "org.freedesktop.DBus.Error.ServiceUnknown", "org.freedesktop.DBus.Error.NameHasNoOwner",
 		"org.freedesktop.DBus.Error.NoReply", "org.freedesktop.DBus.Error.Disconnected",
 		"org.freedesktop.systemd1.NoSuchUnit":
-		return Errorf(ErrUnavailable, "virtbackupd does not answer: %s", remote.Error())
+		return Errorf(ErrNoDaemon, "virtbackupd does not answer: %s", remote.Error())
 	}
 	return &Error{Name: ErrorName(remote.Name), Message: remote.Error()}
 }

@@ -1,0 +1,174 @@
+package dbus
+
+import (
+	"context"
+
+	godbus "github.com/godbus/dbus/v5"
+)
+
+// The calls of the API, in the order of interfaces/, which says what each
+// does. Those that start a job return its id.
+
+// CreateRepository makes a directory a repository.
+func (c *Client) CreateRepository(ctx context.Context, name, typ, path string, o CreateRepositoryOptions) (repository, job string, err error) {
+	var paths [2]godbus.ObjectPath
+	if err := c.manager(ctx, "CreateRepository", []any{name, typ, path, EncodeOptions(o)}, &paths[0], &paths[1]); err != nil {
+		return "", "", err
+	}
+	if repository, err = idOf(paths[0], KindRepository); err != nil {
+		return "", "", err
+	}
+	job, err = idOf(paths[1], KindJob)
+	return repository, job, err
+}
+
+// CreateOffering makes a named set of backup options.
+func (c *Client) CreateOffering(ctx context.Context, name, repository string, s Settings) (string, error) {
+	return c.find(ctx, KindOffering, "CreateOffering", name, repository, EncodeOptions(s))
+}
+
+// FindRepository returns the id of the repository with that name or id.
+func (c *Client) FindRepository(ctx context.Context, name string) (string, error) {
+	return c.find(ctx, KindRepository, "GetRepository", name)
+}
+
+// FindOffering returns the id of the offering with that name or id.
+func (c *Client) FindOffering(ctx context.Context, name string) (string, error) {
+	return c.find(ctx, KindOffering, "GetOffering", name)
+}
+
+// FindDomain returns the UUID of the domain with that name or UUID.
+func (c *Client) FindDomain(ctx context.Context, name string) (string, error) {
+	return c.find(ctx, KindDomain, "GetDomain", name)
+}
+
+// FindBackup returns the id of the backup whose id begins so.
+func (c *Client) FindBackup(ctx context.Context, id string) (string, error) {
+	return c.find(ctx, KindBackup, "GetBackup", id)
+}
+
+// EffectiveConfiguration returns every setting that is in force.
+func (c *Client) EffectiveConfiguration(ctx context.Context) ([]Setting, error) {
+	return list[Setting](ctx, c, Ref{Kind: KindManager}, "EffectiveConfiguration")
+}
+
+// Reload makes the daemon read its configuration again.
+func (c *Client) Reload(ctx context.Context) error {
+	return c.manager(ctx, "Reload", []any{EncodeOptions(NoOptions{})})
+}
+
+// CheckRepository looks at a repository again.
+func (c *Client) CheckRepository(ctx context.Context, id string) (job string, err error) {
+	return c.job(ctx, Ref{KindRepository, id}, "Check", EncodeOptions(NoOptions{}))
+}
+
+// RemoveRepository forgets a repository, and leaves its files.
+func (c *Client) RemoveRepository(ctx context.Context, id string) error {
+	return c.object(ctx, Ref{KindRepository, id}, "Remove", []any{EncodeOptions(NoOptions{})})
+}
+
+// UpdateOffering changes what is given.
+func (c *Client) UpdateOffering(ctx context.Context, id string, o UpdateOfferingOptions) error {
+	return c.object(ctx, Ref{KindOffering, id}, "Update", []any{EncodeOptions(o)})
+}
+
+// RemoveOffering removes an offering that no domain has.
+func (c *Client) RemoveOffering(ctx context.Context, id string) error {
+	return c.object(ctx, Ref{KindOffering, id}, "Remove", []any{EncodeOptions(NoOptions{})})
+}
+
+// AssignDomain assigns an offering, by name or id, to a domain.
+func (c *Client) AssignDomain(ctx context.Context, uuid, offering string) error {
+	return c.object(ctx, Ref{KindDomain, uuid}, "Assign", []any{offering, EncodeOptions(NoOptions{})})
+}
+
+// UnassignDomain takes a domain's offering away.
+func (c *Client) UnassignDomain(ctx context.Context, uuid string) error {
+	return c.object(ctx, Ref{KindDomain, uuid}, "Unassign", []any{EncodeOptions(NoOptions{})})
+}
+
+// BackupDomain backs a domain up.
+func (c *Client) BackupDomain(ctx context.Context, uuid string, o BackupOptions) (job string, err error) {
+	return c.job(ctx, Ref{KindDomain, uuid}, "Backup", EncodeOptions(o))
+}
+
+// FinishChain ends a domain's open chain.
+func (c *Client) FinishChain(ctx context.Context, uuid string) error {
+	return c.object(ctx, Ref{KindDomain, uuid}, "FinishChain", []any{EncodeOptions(NoOptions{})})
+}
+
+// VerifyChain checks every backup of a chain.
+func (c *Client) VerifyChain(ctx context.Context, id string) (job string, err error) {
+	return c.job(ctx, Ref{KindChain, id}, "Verify", EncodeOptions(NoOptions{}))
+}
+
+// DeleteChain deletes a chain. It returns the backups that go; the job is
+// empty for a dry run.
+func (c *Client) DeleteChain(ctx context.Context, id string, o DeleteChainOptions) (backups []string, job string, err error) {
+	return c.remove(ctx, Ref{KindChain, id}, EncodeOptions(o))
+}
+
+// DeleteBackup deletes a backup, and returns as DeleteChain does.
+func (c *Client) DeleteBackup(ctx context.Context, id string, o DeleteBackupOptions) (backups []string, job string, err error) {
+	return c.remove(ctx, Ref{KindBackup, id}, EncodeOptions(o))
+}
+
+func (c *Client) remove(ctx context.Context, ref Ref, options map[string]godbus.Variant) ([]string, string, error) {
+	var backups []string
+	var path godbus.ObjectPath
+	if err := c.object(ctx, ref, "Delete", []any{options}, &backups, &path); err != nil {
+		return nil, "", err
+	}
+	job, err := idOf(path, KindJob)
+	return backups, job, err
+}
+
+// VerifyBackup checks a backup and all it builds on.
+func (c *Client) VerifyBackup(ctx context.Context, id string) (job string, err error) {
+	return c.job(ctx, Ref{KindBackup, id}, "Verify", EncodeOptions(NoOptions{}))
+}
+
+// RestoreBackup restores a backup as a new domain.
+func (c *Client) RestoreBackup(ctx context.Context, id, name string, o RestoreOptions) (job string, err error) {
+	return c.job(ctx, Ref{KindBackup, id}, "Restore", name, EncodeOptions(o))
+}
+
+// RestoreInPlace writes a backup over the disks of its own domain.
+func (c *Client) RestoreInPlace(ctx context.Context, id string, o RestoreInPlaceOptions) (job string, err error) {
+	return c.job(ctx, Ref{KindBackup, id}, "RestoreInPlace", EncodeOptions(o))
+}
+
+// PlanRestore tells what a restore would do.
+func (c *Client) PlanRestore(ctx context.Context, id string, o PlanRestoreOptions) (RestorePlan, error) {
+	var values map[string]godbus.Variant
+	var plan RestorePlan
+	if err := c.object(ctx, Ref{KindBackup, id}, "PlanRestore", []any{EncodeOptions(o)}, &values); err != nil {
+		return plan, err
+	}
+	return plan, DecodeRecord(values, &plan)
+}
+
+// CancelJob asks a job to stop.
+func (c *Client) CancelJob(ctx context.Context, id string) error {
+	return c.object(ctx, Ref{KindJob, id}, "Cancel", []any{EncodeOptions(NoOptions{})})
+}
+
+// JobLog returns the newest messages of a job, oldest first; all for 0.
+func (c *Client) JobLog(ctx context.Context, id string, limit uint32) ([]LogMessage, error) {
+	return list[LogMessage](ctx, c, Ref{KindJob, id}, "Log", limit)
+}
+
+// list calls a method that returns aa{sv}.
+func list[T any](ctx context.Context, c *Client, ref Ref, member string, args ...any) ([]T, error) {
+	var values []map[string]godbus.Variant
+	if err := c.object(ctx, ref, member, args, &values); err != nil {
+		return nil, err
+	}
+	out := make([]T, len(values))
+	for i, m := range values {
+		if err := DecodeRecord(m, &out[i]); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
+}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"time"
 
 	systemd "github.com/coreos/go-systemd/v22/dbus"
@@ -29,17 +30,19 @@ type Limits struct {
 }
 
 // Unit is a worker to be started. Its sandbox shows it only what is named here: Root becomes its /, with the system's
-// programs and libraries, /proc, /dev (no devices of hardware) and the paths below, each at its own place.
+// programs and libraries, /proc, /dev (no devices of hardware) and the paths below, each at its own place. What does not
+// exist is left out, for the worker to tell: it knows better what is missing.
 //
-// Not ProtectSystem=strict: that remounts every mount of the host, so that one dead share would keep every worker, also
-// those of other repositories, from starting. A mount that is not named here is not touched.
+// ProtectSystem=strict without a root of its own would remount every mount of the host, so that one dead share would keep
+// every worker, also those of other repositories, from starting. A mount that is not named here is not touched.
 type Unit struct {
 	Name        string
 	Description string
 	Command     []string // absolute path and arguments, taken literally
 	Root        string   // an empty directory, for this unit alone
-	ReadOnly    []string // absolute paths; those that do not exist are skipped
-	ReadWrite   []string // absolute paths; each must exist
+	ReadOnly    []string // absolute paths
+	ReadWrite   []string // absolute paths
+	Devices     []string // absolute paths of block devices, readable and writable
 	StopAfter   time.Duration
 	Limits      Limits
 }
@@ -59,8 +62,7 @@ func (u Unit) check() error {
 	case u.StopAfter <= 0:
 		return errors.New("no time to stop in")
 	}
-	paths := append([]string{u.Command[0], u.Root}, u.ReadOnly...)
-	for _, p := range append(paths, u.ReadWrite...) {
+	for _, p := range slices.Concat([]string{u.Command[0], u.Root}, u.ReadOnly, u.ReadWrite, u.Devices) {
 		if !filepath.IsAbs(p) || filepath.Clean(p) != p || p == "/" {
 			return fmt.Errorf("%q is not a clean absolute path below /", p)
 		}
@@ -69,7 +71,6 @@ func (u Unit) check() error {
 }
 
 func (u Unit) properties() []systemd.Property {
-	readOnly := append(append([]string{}, system...), u.ReadOnly...)
 	p := []systemd.Property{
 		property("Description", u.Description),
 		property("Slice", Slice),
@@ -89,10 +90,14 @@ func (u Unit) properties() []systemd.Property {
 		property("UMask", uint32(0o077)),
 		property("RootDirectory", u.Root),
 		property("MountAPIVFS", true),
-		property("BindReadOnlyPaths", binds(readOnly, true)),
-		property("BindPaths", binds(u.ReadWrite, false)),
+		property("BindReadOnlyPaths", binds(slices.Concat(system, []string{u.Command[0]}, u.ReadOnly))),
+		property("BindPaths", binds(slices.Concat(u.ReadWrite, u.Devices))),
+		// Also what is between the binds: a worker must not write into its root where it means a path that is missing.
+		property("ProtectSystem", "strict"),
+		property("ReadWritePaths", within(u.ReadWrite)),
+		property("DeviceAllow", allow(u.Devices)),
 	}
-	return append(append(p, sandbox()...), u.Limits.properties()...)
+	return slices.Concat(p, sandbox(), u.Limits.properties())
 }
 
 // sandbox is what no worker needs, whatever its job. RestrictSUIDSGID= is not here: its filter answers ENOSYS to
@@ -164,14 +169,34 @@ type (
 		Allow bool
 		Names []string
 	}
+	device struct { // a(ss)
+		Path, Access string
+	}
 )
 
-func binds(paths []string, ignoreMissing bool) []bind {
+func binds(paths []string) []bind {
 	b := make([]bind, 0, len(paths))
 	for _, p := range paths {
-		b = append(b, bind{Source: p, Destination: p, IgnoreMissing: ignoreMissing, Flags: unix.MS_REC})
+		b = append(b, bind{Source: p, Destination: p, IgnoreMissing: true, Flags: unix.MS_REC})
 	}
 	return b
+}
+
+// within marks paths as those in the unit's root (+), which may be missing (-).
+func within(paths []string) []string {
+	w := make([]string, 0, len(paths))
+	for _, p := range paths {
+		w = append(w, "-+"+p)
+	}
+	return w
+}
+
+func allow(devices []string) []device {
+	a := make([]device, 0, len(devices))
+	for _, d := range devices {
+		a = append(a, device{d, "rw"})
+	}
+	return a
 }
 
 func property(name string, value any) systemd.Property {

@@ -1,0 +1,110 @@
+package quiesce
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+)
+
+const (
+	minimumRetry = 200 * time.Millisecond
+	maximumRetry = 5 * time.Second
+)
+
+// GoOn lets a guest that we may be holding go on, and returns nil once it is
+// seen to: retried until then, or until ctx ends. A guest that is not running
+// any more needs nothing. A guest that somebody else paused stays so.
+func GoOn(ctx context.Context, guest Guest, m Marker, log *slog.Logger) error {
+	for wait := minimumRetry; ; wait = min(2*wait, maximumRetry) {
+		done, err := goOnOnce(ctx, guest, m)
+		if done {
+			return nil
+		}
+		log.Debug("the guest does not go on yet", "domain", m.UUID, "mode", m.Mode, "error", err)
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("cannot let domain %s go on: %w", m.UUID, errors.Join(err, context.Cause(ctx)))
+		case <-time.After(wait):
+		}
+	}
+}
+
+func goOnOnce(ctx context.Context, guest Guest, m Marker) (done bool, err error) {
+	limited, cancel := context.WithTimeout(ctx, askLimit)
+	defer cancel()
+	state, reason, err := guest.State(limited, m.UUID)
+	switch {
+	case errors.Is(err, hypervisor.ErrNoDomain):
+		return true, nil
+	case err != nil:
+		return false, err
+	case state == hypervisor.StateShutoff, state == hypervisor.StateCrashed:
+		return true, nil
+	}
+	if m.Mode == Suspend {
+		if state != hypervisor.StatePaused || reason != hypervisor.ReasonPausedBy {
+			return true, nil
+		}
+		return false, guest.Resume(limited, m.UUID) // and look again
+	}
+	if err := guest.Thaw(limited, m.UUID); err != nil {
+		return false, err
+	}
+	// The agent works in order: a freeze that was late is done by now, and
+	// was done before the thaw, or shows here.
+	status, err := guest.FSStatus(limited, m.UUID)
+	return err == nil && status == hypervisor.Thawed, err
+}
+
+// Watch is the thaw watchdog's work for one marker. It calls ready once it
+// watches, waits until the marker's lock is free or its deadline has passed,
+// lets the guest go on if the marker is still there, and removes the marker.
+func Watch(ctx context.Context, guest Guest, path string, log *slog.Logger, ready func() error) error {
+	m, err := openMarker(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return ready() // done before we came
+	}
+	if err != nil {
+		return err
+	}
+	defer m.unlock()
+	if err := ready(); err != nil {
+		return err
+	}
+	locked := make(chan error, 1)
+	go func() { locked <- lock(m.file) }() // ends with the process when the deadline comes first
+	select {
+	case err := <-locked:
+		if err != nil {
+			return fmt.Errorf("cannot wait for the marker's lock: %w", err)
+		}
+	case <-time.After(time.Until(m.Deadline)):
+		log.Warn("a guest was held for too long", "domain", m.UUID, "mode", m.Mode)
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if !m.present() {
+		return nil // the daemon did it itself
+	}
+	log.Warn("letting a guest go on in the daemon's stead", "domain", m.UUID, "mode", m.Mode)
+	if err := GoOn(ctx, guest, m.Marker, log); err != nil {
+		return err
+	}
+	log.Info("the guest goes on", "domain", m.UUID, "mode", m.Mode)
+	return m.remove()
+}
+
+func lock(f *os.File) error {
+	for {
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}

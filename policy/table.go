@@ -1,0 +1,86 @@
+// Package policy decides who may do what: one table that says which polkit
+// action each D-Bus method needs, and the authorizer that asks polkit.
+//
+// Nothing is assumed. A method that the table does not list is refused, and so
+// is a call about which polkit cannot be asked, does not answer in time, or
+// answers with anything but "authorized".
+package policy
+
+// Action is the id of a polkit action in org.virtbackup1.policy.
+type Action string
+
+// The actions. Reading needs one too: what domains there are, where their
+// backups lie and what failed is nobody's business by default (libvirt and
+// udisks let everybody read; a rule can do the same here, see examples/).
+const (
+	ActionView               Action = "org.virtbackup1.view"
+	ActionBackup             Action = "org.virtbackup1.backup"
+	ActionVerify             Action = "org.virtbackup1.verify"
+	ActionRestore            Action = "org.virtbackup1.restore"
+	ActionRestoreInPlace     Action = "org.virtbackup1.restore-in-place"
+	ActionDelete             Action = "org.virtbackup1.delete"
+	ActionManageDomains      Action = "org.virtbackup1.manage-domains"
+	ActionManageOfferings    Action = "org.virtbackup1.manage-offerings"
+	ActionManageRepositories Action = "org.virtbackup1.manage-repositories"
+	ActionManageJobs         Action = "org.virtbackup1.manage-jobs"
+	ActionManageDaemon       Action = "org.virtbackup1.manage-daemon"
+
+	// ActionNone is no action of polkit: anybody may, because the answer is
+	// the same for all and is in the package anyway.
+	ActionNone Action = "none"
+	// ActionRoot is no action of polkit: root may, and nobody else.
+	ActionRoot Action = "root"
+)
+
+// actionOf returns the action that a method needs, by its full name; false
+// for a method that is not known.
+func actionOf(method string) (Action, bool) {
+	action, ok := table()[method]
+	return action, ok
+}
+
+// table says which action each method needs.
+func table() map[string]Action {
+	return map[string]Action{
+		"org.virtbackup1.Manager.CreateRepository":       ActionManageRepositories,
+		"org.virtbackup1.Manager.CreateOffering":         ActionManageOfferings,
+		"org.virtbackup1.Manager.GetRepository":          ActionView,
+		"org.virtbackup1.Manager.GetOffering":            ActionView,
+		"org.virtbackup1.Manager.GetDomain":              ActionView,
+		"org.virtbackup1.Manager.GetBackup":              ActionView,
+		"org.virtbackup1.Manager.ListBackups":            ActionView,
+		"org.virtbackup1.Manager.ListJobs":               ActionView,
+		"org.virtbackup1.Manager.EffectiveConfiguration": ActionView,
+		"org.virtbackup1.Manager.Reload":                 ActionManageDaemon,
+
+		"org.virtbackup1.Repository.Check":  ActionManageRepositories,
+		"org.virtbackup1.Repository.Remove": ActionManageRepositories,
+
+		"org.virtbackup1.Offering.Update": ActionManageOfferings,
+		"org.virtbackup1.Offering.Remove": ActionManageOfferings,
+
+		"org.virtbackup1.Domain.Assign":      ActionManageDomains,
+		"org.virtbackup1.Domain.Unassign":    ActionManageDomains,
+		"org.virtbackup1.Domain.Backup":      ActionBackup,
+		"org.virtbackup1.Domain.FinishChain": ActionManageDomains,
+
+		"org.virtbackup1.Chain.Verify": ActionVerify,
+		"org.virtbackup1.Chain.Delete": ActionDelete,
+
+		"org.virtbackup1.Backup.Delete":         ActionDelete,
+		"org.virtbackup1.Backup.Verify":         ActionVerify,
+		"org.virtbackup1.Backup.Restore":        ActionRestore,
+		"org.virtbackup1.Backup.RestoreInPlace": ActionRestoreInPlace,
+		"org.virtbackup1.Backup.PlanRestore":    ActionView,
+
+		"org.virtbackup1.Job.Cancel": ActionManageJobs,
+		"org.virtbackup1.Job.Log":    ActionView,
+
+		"org.freedesktop.DBus.ObjectManager.GetManagedObjects": ActionView,
+		"org.freedesktop.DBus.Properties.Get":                  ActionView,
+		"org.freedesktop.DBus.Properties.GetAll":               ActionView,
+		// Of all properties only LogControl1's LogLevel can be written.
+		"org.freedesktop.DBus.Properties.Set":            ActionRoot,
+		"org.freedesktop.DBus.Introspectable.Introspect": ActionNone,
+	}
+}

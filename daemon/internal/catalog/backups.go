@@ -27,6 +27,7 @@ type Backup struct {
 	Consistency string // "application", "filesystem", "crash"; "" until known
 	Created     time.Time
 	Finished    time.Time
+	Verified    time.Time // when it was last read back by a job of its own; zero for never
 	Size        uint64 // bytes of all disks, as the guest sees them
 	StoredBytes uint64
 	DataBytes   uint64
@@ -61,12 +62,12 @@ func (b Backup) Link() chain.Backup {
 
 const backupColumns = `id, domain, domain_name, coalesce(chain, id), coalesce(parent, ''), repository, job, kind, state, cause,
 	isolated, consistency, created, finished, size, stored_bytes, data_bytes, error,
-	offering, mode, compression, level, threads, chain_size, quiesce`
+	offering, mode, compression, level, threads, chain_size, quiesce, verified`
 
 func scanBackup(from row) (b Backup, err error) {
 	err = from.Scan(&b.ID, &b.Domain, &b.DomainName, &b.Chain, &b.Parent, &b.Repository, &b.Job, &b.Kind, &b.State, &b.Cause,
 		&b.Isolated, &b.Consistency, timestamp{&b.Created}, timestamp{&b.Finished}, &b.Size, &b.StoredBytes, &b.DataBytes, &b.Error,
-		&b.Offering, &b.Mode, &b.Compression, &b.Level, &b.Threads, &b.ChainSize, &b.Quiesce)
+		&b.Offering, &b.Mode, &b.Compression, &b.Level, &b.Threads, &b.ChainSize, &b.Quiesce, timestamp{&b.Verified})
 	return b, err
 }
 
@@ -103,12 +104,20 @@ func (c *Catalog) Backup(ctx context.Context, id string) (b Backup, err error) {
 	return b, err
 }
 
+// VerifiedBackup records that a backup was read back and is what was written.
+func (c *Catalog) VerifiedBackup(ctx context.Context, id string, at time.Time) error {
+	return c.write(ctx, "record that backup "+id+" is good", func(tx *sql.Tx) error {
+		return exactlyOne(tx.ExecContext(ctx, "UPDATE backups SET verified = ? WHERE id = ?", toMicro(at), id))
+	})
+}
+
 // BackupFilter selects backups; a zero field selects all.
 type BackupFilter struct {
 	Domain     string // UUID
 	Repository string // id
 	Chain      string
 	Offering   string
+	Kind       chain.Kind
 	States     []chain.BackupState
 	Since      time.Time // created at or after
 	Until      time.Time // created before
@@ -138,6 +147,7 @@ func (c *Catalog) ListBackups(ctx context.Context, f BackupFilter, p Page) (list
 	q.equal("repository", f.Repository)
 	q.equal("coalesce(chain, id)", f.Chain)
 	q.equal("offering", f.Offering)
+	q.equal("kind", string(f.Kind))
 	oneOf(&q, "state", f.States)
 	q.window(f.Since, f.Until)
 	q.after(p)

@@ -11,11 +11,21 @@ import (
 
 // Repository is secondary storage that is known to this host.
 type Repository struct {
-	ID      string // as in virtbackup-repository.json
-	Name    string
-	Type    string // "dir"
-	Path    string
-	Created time.Time
+	ID          string // ULID, of this host
+	Name        string
+	Type        string // "dir"
+	Path        string
+	MinimumFree uint64 // bytes that a backup must leave free
+	Created     time.Time
+	Finding
+}
+
+// Finding is what a worker found when it last looked at a repository.
+type Finding struct {
+	Identity    string // as in virtbackup-repository.json; "" until it was seen
+	Problem     string // why it could not be used; "" if it could
+	Total, Free uint64 // bytes
+	Checked     time.Time
 }
 
 // Settings are the options of an offering; a backup records those it ran with.
@@ -30,6 +40,7 @@ type Settings struct {
 
 // Offering is a named set of backup options.
 type Offering struct {
+	ID         string // ULID; the name is what other records know it by
 	Name       string
 	Repository string // id
 	Settings
@@ -46,9 +57,19 @@ type Domain struct {
 // CreateRepository adds a repository. ErrExists: its id, name or path is taken.
 func (c *Catalog) CreateRepository(ctx context.Context, r Repository) error {
 	return c.write(ctx, "create repository "+r.Name, func(tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, "INSERT INTO repositories (id, name, type, path, created) VALUES (?, ?, ?, ?, ?)",
-			r.ID, r.Name, r.Type, r.Path, toMicro(r.Created))
+		_, err := tx.ExecContext(ctx, "INSERT INTO repositories ("+repositoryColumns+") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+			r.ID, r.Name, r.Type, r.Path, r.MinimumFree, toMicro(r.Created), r.Identity, r.Problem, r.Total, r.Free, toMicro(r.Checked))
 		return err
+	})
+}
+
+// FoundRepository records what a worker found. An identity that was seen once
+// stays: another one at the same path is another repository, and a problem.
+func (c *Catalog) FoundRepository(ctx context.Context, id string, f Finding) error {
+	return c.write(ctx, "record the state of repository "+id, func(tx *sql.Tx) error {
+		return exactlyOne(tx.ExecContext(ctx, `UPDATE repositories SET
+			identity = iif(identity = '', ?, identity), problem = ?, total = ?, free = ?, checked = ? WHERE id = ?`,
+			f.Identity, f.Problem, f.Total, f.Free, toMicro(f.Checked), id))
 	})
 }
 
@@ -59,10 +80,11 @@ func (c *Catalog) RemoveRepository(ctx context.Context, id string) error {
 	})
 }
 
-const repositoryColumns = "id, name, type, path, created"
+const repositoryColumns = "id, name, type, path, minimum_free, created, identity, problem, total, free, checked"
 
 func scanRepository(from row) (r Repository, err error) {
-	err = from.Scan(&r.ID, &r.Name, &r.Type, &r.Path, timestamp{&r.Created})
+	err = from.Scan(&r.ID, &r.Name, &r.Type, &r.Path, &r.MinimumFree, timestamp{&r.Created},
+		&r.Identity, &r.Problem, &r.Total, &r.Free, timestamp{&r.Checked})
 	return r, err
 }
 
@@ -100,8 +122,8 @@ func (c *Catalog) CreateOffering(ctx context.Context, o Offering) error {
 			return err
 		}
 		_, err := tx.ExecContext(ctx, `INSERT INTO offerings
-			(name, repository, mode, compression, level, threads, chain_size, quiesce, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-			o.Name, o.Repository, o.Mode, o.Compression, o.Level, o.Threads, o.ChainSize, o.Quiesce, toMicro(o.Created))
+			(id, name, repository, mode, compression, level, threads, chain_size, quiesce, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+			o.ID, o.Name, o.Repository, o.Mode, o.Compression, o.Level, o.Threads, o.ChainSize, o.Quiesce, toMicro(o.Created))
 		return err
 	})
 }
@@ -125,10 +147,10 @@ func (c *Catalog) RemoveOffering(ctx context.Context, name string) error {
 	})
 }
 
-const offeringColumns = "name, repository, mode, compression, level, threads, chain_size, quiesce, created"
+const offeringColumns = "id, name, repository, mode, compression, level, threads, chain_size, quiesce, created"
 
 func scanOffering(from row) (o Offering, err error) {
-	err = from.Scan(&o.Name, &o.Repository, &o.Mode, &o.Compression, &o.Level, &o.Threads, &o.ChainSize, &o.Quiesce, timestamp{&o.Created})
+	err = from.Scan(&o.ID, &o.Name, &o.Repository, &o.Mode, &o.Compression, &o.Level, &o.Threads, &o.ChainSize, &o.Quiesce, timestamp{&o.Created})
 	return o, err
 }
 

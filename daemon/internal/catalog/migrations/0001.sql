@@ -1,15 +1,22 @@
 -- Times are microseconds since the epoch, sizes are bytes, ids are ULIDs unless said otherwise.
 
 CREATE TABLE repositories (
-	id      TEXT PRIMARY KEY, -- as in virtbackup-repository.json
-	name    TEXT NOT NULL UNIQUE,
-	type    TEXT NOT NULL,
-	path    TEXT NOT NULL UNIQUE,
-	created INTEGER NOT NULL
+	id           TEXT PRIMARY KEY,
+	name         TEXT NOT NULL UNIQUE,
+	type         TEXT NOT NULL,
+	path         TEXT NOT NULL UNIQUE,
+	minimum_free INTEGER NOT NULL,
+	created      INTEGER NOT NULL,
+	identity     TEXT NOT NULL, -- as in virtbackup-repository.json; '' until a worker has seen it
+	problem      TEXT NOT NULL, -- why it could not be used when it was last looked at; '' if it could
+	total        INTEGER NOT NULL,
+	free         INTEGER NOT NULL,
+	checked      INTEGER NOT NULL -- 0 until then
 ) STRICT;
 
 CREATE TABLE offerings (
 	name        TEXT PRIMARY KEY,
+	id          TEXT NOT NULL UNIQUE,
 	repository  TEXT NOT NULL REFERENCES repositories (id) ON DELETE RESTRICT,
 	mode        TEXT NOT NULL CHECK (mode IN ('full', 'incremental')),
 	compression TEXT NOT NULL,
@@ -69,6 +76,7 @@ CREATE TABLE backups (
 	chain_size   INTEGER NOT NULL,
 	quiesce      TEXT NOT NULL,
 	manifest     TEXT NOT NULL, -- JSON; '' until complete
+	verified     INTEGER NOT NULL DEFAULT 0,
 	CHECK ((kind = 'incremental') = (parent IS NOT NULL)),
 	CHECK (isolated = 0 OR kind = 'full')
 ) STRICT;

@@ -103,13 +103,14 @@ func (h *Handle) Failure() error { return h.failure }
 // Logger returns a logger that names the job.
 func (h *Handle) Logger() *slog.Logger { return h.logger }
 
-// Step records durably how far the job has come.
+// Step records durably how far the job has come, also when ctx has ended: what
+// was done must not be forgotten because somebody cancelled the job.
 func (h *Handle) Step(ctx context.Context, name string, data any) error {
 	step, err := h.NewStep(name, data)
 	if err != nil {
 		return err
 	}
-	return h.engine.catalog.RecordStep(ctx, step)
+	return h.engine.catalog.RecordStep(context.WithoutCancel(ctx), step)
 }
 
 // NewStep makes a step that is to be recorded together with something else,

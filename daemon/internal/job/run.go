@@ -149,7 +149,8 @@ func (e *Engine) end(en *entry, state catalog.JobState, why failure) {
 	if why.err != nil {
 		end.ErrorName, end.ErrorMessage = why.name, why.err.Error()
 	}
-	if e.insist(func(ctx context.Context) error { return e.catalog.EndJob(ctx, en.job.ID, end) }) != nil {
+	// ErrState: a try before this one was recorded, although it told of an error.
+	if err := e.insist(func(ctx context.Context) error { return e.catalog.EndJob(ctx, en.job.ID, end) }); errors.Is(err, ErrDetach) {
 		return
 	}
 	e.mu.Lock()

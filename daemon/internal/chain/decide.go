@@ -1,0 +1,190 @@
+package chain
+
+import "slices"
+
+// Options are what the caller and the offering ask of the next backup.
+type Options struct {
+	Full       bool // start a new chain
+	Isolated   bool // stay outside of the domain's chains
+	Mode       Mode
+	Offering   string // name
+	Repository string // id
+	ChainSize  int    // backups in a chain, the full one included; 0: no bound
+}
+
+// Bitmap is the state of the bitmap that the chain's current checkpoint has on
+// a disk.
+type Bitmap string
+
+const (
+	BitmapValid        Bitmap = "valid"
+	BitmapMissing      Bitmap = "missing"
+	BitmapInconsistent Bitmap = "inconsistent" // or in use
+)
+
+// Domain is the domain as it is now.
+type Domain struct {
+	InternalSnapshots bool // it has some
+	Disks             []Disk
+}
+
+// Disk is a disk as it is now.
+type Disk struct {
+	Target string // "vda"
+	Source string // path
+	Format string // "qcow2", "raw", …
+	Size   uint64 // bytes
+	Bitmap Bitmap // "" is missing
+}
+
+// Last is the newest chain of the domain, and its newest backup.
+type Last struct {
+	Chain      string
+	State      State
+	Cause      Cause // why the chain ended
+	Offering   string
+	Repository string
+	Length     int // backups in it
+
+	Backup      string // id of its newest backup; "" if there is none
+	BackupState BackupState
+	Checkpoint  string // the current one; "" if there is none
+	Disks       []LastDisk
+}
+
+// LastDisk is a disk as the newest backup has it.
+type LastDisk struct {
+	Target string
+	Source string
+	Format string
+	Size   uint64 // bytes
+	CBT    bool   // the checkpoint covers it
+}
+
+// Verdict says what the next backup is.
+type Verdict struct {
+	Kind   Kind
+	Cause  Cause  // why it is full; "" for an increment
+	Parent string // the backup that an increment builds on
+	Chain  string // the chain that an increment extends
+	Disks  []DiskVerdict
+	// Checkpoint says that the backup is to make a checkpoint, on the disks
+	// whose tracking is cbt.
+	Checkpoint bool
+}
+
+// DiskVerdict says what a disk's image in the next backup is.
+type DiskVerdict struct {
+	Target   string
+	Kind     Kind
+	Cause    Cause    // why it is full; "" for an increment
+	Base     string   // the checkpoint whose changes an increment holds
+	Tracking Tracking // of the changes from this backup on
+}
+
+// Decide says what the next backup of a domain is. last is nil if the domain
+// has no chain in the repository. In doubt an image is full: a needless full
+// read is a cost, a wrong increment is a lost machine.
+func Decide(o Options, d Domain, last *Last) Verdict {
+	v := Verdict{Kind: Incremental, Cause: chainCause(o, last)}
+	causes := map[Cause]bool{}
+	increments := 0
+	for _, disk := range d.Disks {
+		one := DiskVerdict{Target: disk.Target, Kind: Full, Cause: v.Cause, Tracking: tracking(o, d, disk)}
+		if one.Tracking == CBT {
+			v.Checkpoint = true
+		}
+		if v.Cause == "" {
+			one.Cause = diskCause(d, disk, last)
+		}
+		if one.Cause == "" {
+			one.Kind, one.Base = Incremental, last.Checkpoint
+			increments++
+		}
+		causes[one.Cause] = true
+		v.Disks = append(v.Disks, one)
+	}
+	if v.Cause == "" && increments == 0 {
+		v.Cause = NoDiskTracked
+		if len(causes) == 1 { // one cause for all says more
+			v.Cause = v.Disks[0].Cause
+		}
+	}
+	if v.Cause != "" {
+		v.Kind = Full
+		return v
+	}
+	v.Parent, v.Chain = last.Backup, last.Chain
+	return v
+}
+
+// chainCause returns why the next backup starts a new chain, "" if it does not.
+func chainCause(o Options, last *Last) Cause {
+	switch {
+	case o.Isolated:
+		return Isolated
+	case o.Mode == ModeFull:
+		return FullMode
+	case o.Full:
+		return FullRequested
+	case last == nil:
+		return FirstBackup
+	case last.Repository != o.Repository:
+		return RepositoryChanged
+	case last.Offering != o.Offering:
+		return OfferingChanged
+	case last.State != Open:
+		return endedCause(last)
+	case last.Backup == "" || last.BackupState == Deleting:
+		return ParentMissing
+	case last.BackupState != Complete:
+		return ParentDamaged
+	case o.ChainSize > 0 && last.Length >= o.ChainSize:
+		return ChainSize
+	}
+	return ""
+}
+
+func endedCause(last *Last) Cause {
+	switch {
+	case last.Cause != "":
+		return last.Cause
+	case last.State == Finished:
+		return ChainFinished
+	}
+	return ChainBroken
+}
+
+// diskCause returns why the disk's image is full in an increment, "" if it is not.
+func diskCause(d Domain, disk Disk, last *Last) Cause {
+	i := slices.IndexFunc(last.Disks, func(l LastDisk) bool { return l.Target == disk.Target })
+	if i < 0 {
+		return DiskAttached
+	}
+	before := last.Disks[i]
+	switch {
+	case before.Source != disk.Source || before.Format != disk.Format:
+		return DiskReplaced
+	case before.Size != disk.Size:
+		return DiskResized
+	case disk.Format != "qcow2":
+		return RawDisk
+	case d.InternalSnapshots:
+		return InternalSnapshot
+	case last.Checkpoint == "" || !before.CBT:
+		return CheckpointMissing
+	case disk.Bitmap == BitmapInconsistent:
+		return BitmapBroken
+	case disk.Bitmap != BitmapValid:
+		return CheckpointMissing
+	}
+	return ""
+}
+
+// tracking says how the disk's changes can be known from the next backup on.
+func tracking(o Options, d Domain, disk Disk) Tracking {
+	if o.Isolated || o.Mode == ModeFull || d.InternalSnapshots || disk.Format != "qcow2" {
+		return None
+	}
+	return CBT
+}

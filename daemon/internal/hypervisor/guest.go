@@ -22,14 +22,15 @@ const (
 // deadline. libvirt's own default is to wait for ever.
 const agentTimeout = 10 * time.Second
 
-// agentSeconds is the timeout to tell libvirt: what is left of the context, in
-// whole seconds, at least one.
+// agentSeconds is the timeout to tell libvirt, in whole seconds, at least one:
+// less than what is left of the context, so that it is libvirt that gives up,
+// and knows the order of its commands.
 func agentSeconds(ctx context.Context) int {
 	left := agentTimeout
 	if deadline, ok := ctx.Deadline(); ok {
 		left = min(left, time.Until(deadline))
 	}
-	return max(1, int(left/time.Second))
+	return max(1, int((left-1)/time.Second))
 }
 
 // withAgent calls fn after limiting libvirt's wait for the agent. libvirt keeps

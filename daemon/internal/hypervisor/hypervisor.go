@@ -83,6 +83,10 @@ func withConnect[T any](ctx context.Context, h *Hypervisor, op string, fn func(*
 	if err != nil {
 		return zero, fmt.Errorf("cannot %s: %w", op, err)
 	}
+	if ctx.Err() != nil { // a call that nobody waits for must not be begun
+		release(conn)
+		return zero, fmt.Errorf("cannot %s: %w", op, context.Cause(ctx))
+	}
 	type answer struct {
 		value T
 		err   error

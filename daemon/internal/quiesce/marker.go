@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -17,6 +18,7 @@ type Marker struct {
 	UUID     string    `json:"uuid"`
 	Mode     Mode      `json:"mode"`
 	Deadline time.Time `json:"deadline"` // when the watchdog stops waiting for the daemon
+	Held     bool      `json:"held"`     // the call that holds the guest has returned: it cannot take effect later
 }
 
 // heldMarker is an open marker file. Its lock is held by whoever is
@@ -29,8 +31,12 @@ type heldMarker struct {
 
 var uuidName = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
 
-// createMarker writes a marker and locks it. There must be none for the
-// domain: a leftover one is still somebody's work.
+// errBusy says that there is a marker for the domain already.
+var errBusy = errors.New("the guest is still being thawed from before")
+
+// createMarker writes a marker and locks it. It has its lock and its content
+// before it has its name, so that nobody sees it without, and a crash in
+// between leaves nothing. The error is errBusy when there is one.
 func createMarker(directory string, m Marker) (*heldMarker, error) {
 	if !uuidName.MatchString(m.UUID) {
 		return nil, fmt.Errorf("%q is not a domain's UUID", m.UUID)
@@ -38,32 +44,56 @@ func createMarker(directory string, m Marker) (*heldMarker, error) {
 	if err := os.MkdirAll(directory, 0o700); err != nil {
 		return nil, fmt.Errorf("cannot make the markers' directory: %w", err)
 	}
-	content, err := json.Marshal(m)
-	if err != nil {
-		return nil, fmt.Errorf("cannot write a marker: %w", err)
-	}
-	// Locked before it has its name: nobody may see it without its lock.
-	tmp, err := os.CreateTemp(directory, ".new-*")
+	file, err := os.OpenFile(directory, unix.O_TMPFILE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("cannot make a marker: %w", err)
 	}
-	h := &heldMarker{Marker: m, path: filepath.Join(directory, m.UUID), file: tmp}
-	_, err = tmp.Write(content)
+	h := &heldMarker{Marker: m, path: filepath.Join(directory, m.UUID), file: file}
+	err = h.write()
 	if err == nil {
-		err = unix.Flock(int(tmp.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		err = unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	}
 	if err == nil {
-		err = os.Link(tmp.Name(), h.path)
+		// See open(2), O_TMPFILE.
+		err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", file.Fd()), unix.AT_FDCWD, h.path, unix.AT_SYMLINK_FOLLOW)
 	}
-	if err := errors.Join(err, os.Remove(tmp.Name())); err != nil {
+	if err != nil {
 		h.unlock()
-		if errors.Is(err, os.ErrExist) {
-			return nil, fmt.Errorf("domain %s is still being thawed from before: %w", m.UUID, err)
+		if errors.Is(err, unix.EEXIST) {
+			return nil, errBusy
 		}
 		return nil, fmt.Errorf("cannot make a marker: %w", err)
 	}
 	return h, nil
 }
+
+func (h *heldMarker) write() error {
+	content, err := json.Marshal(h.Marker)
+	if err == nil {
+		_, err = h.file.WriteAt(content, 0)
+	}
+	if err == nil {
+		err = h.file.Truncate(int64(len(content)))
+	}
+	return err
+}
+
+// markHeld notes that the guest is held now.
+func (h *heldMarker) markHeld() error {
+	h.Held = true
+	return h.write()
+}
+
+// reread takes over what the former holder noted. When that cannot be read it
+// died while it wrote, and the guest counts as being held still.
+func (h *heldMarker) reread() {
+	var m Marker
+	if err := json.NewDecoder(io.NewSectionReader(h.file, 0, maximumMarker)).Decode(&m); err == nil {
+		h.Held = m.Held
+	}
+}
+
+const maximumMarker = 4096 // bytes
 
 // openMarker opens a marker without locking it.
 func openMarker(path string) (*heldMarker, error) {

@@ -81,6 +81,7 @@ const (
 	defaultDirectory = "/run/virtbackup/frozen"
 	defaultLimit     = 10 * time.Second
 	askLimit         = 5 * time.Second // for one question to the agent
+	busyLimit        = settle + 2*askLimit
 )
 
 // New returns a Quiescer.
@@ -123,7 +124,7 @@ func (q *Quiescer) Hold(ctx context.Context, uuid string, mode Mode, point func(
 	if already != "" {
 		return Result{Consistency: already, Thawed: true}, point(ctx)
 	}
-	m, err := createMarker(q.directory, Marker{UUID: uuid, Mode: mode, Deadline: time.Now().Add(q.limit + askLimit)})
+	m, err := q.mark(ctx, uuid, mode)
 	if err != nil {
 		return Result{}, fmt.Errorf("%w: %w", ErrHold, err)
 	}
@@ -132,6 +133,21 @@ func (q *Quiescer) Hold(ctx context.Context, uuid string, mode Mode, point func(
 		return Result{}, errors.Join(fmt.Errorf("%w: cannot start the thaw watchdog: %w", ErrHold, err), m.remove())
 	}
 	return q.hold(ctx, m, point)
+}
+
+// mark makes the marker, and waits while the guest is being thawed from before.
+func (q *Quiescer) mark(ctx context.Context, uuid string, mode Mode) (*heldMarker, error) {
+	for give := time.Now().Add(busyLimit); ; {
+		m, err := createMarker(q.directory, Marker{UUID: uuid, Mode: mode, Deadline: time.Now().Add(q.limit)})
+		if !errors.Is(err, errBusy) || time.Now().After(give) {
+			return m, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, errors.Join(err, context.Cause(ctx))
+		case <-time.After(minimumRetry):
+		}
+	}
 }
 
 // already tells what a point in time is worth without our doing, "" when the
@@ -164,27 +180,24 @@ func (q *Quiescer) already(ctx context.Context, uuid string, mode Mode) (Consist
 // hold is Hold once the marker and the watchdog are there.
 func (q *Quiescer) hold(ctx context.Context, m *heldMarker, point func(context.Context) error) (Result, error) {
 	start := time.Now()
-	limited, cancel := context.WithTimeout(ctx, q.limit)
+	limited, cancel := context.WithDeadline(ctx, m.Deadline)
 	defer cancel()
 	res := Result{Consistency: Crash}
-	err := q.stop(limited, m.Marker)
+	err := q.stop(limited, m)
+	late := errors.Is(err, hypervisor.ErrUnavailable) // it may still take effect
 	if err != nil {
 		err = fmt.Errorf("%w: %w", ErrHold, err)
-	} else if err = point(limited); err == nil && m.Mode == Agent {
-		// Whoever thawed the guest meanwhile, the watchdog at its limit or the
-		// admin: only what is still frozen was frozen all the time.
-		if status, err := q.guest.FSStatus(limited, m.UUID); err == nil && status == hypervisor.Frozen {
-			res.Consistency = Filesystem
-		}
+	} else if err = point(limited); err == nil && q.stillFrozen(limited, m.Marker) {
+		res.Consistency = Filesystem
 	}
 	// Going on must not depend on a context that may have ended.
 	last, cancelLast := context.WithTimeout(context.WithoutCancel(ctx), askLimit)
 	defer cancelLast()
 	goOn := GoOn(last, q.guest, m.Marker, q.log)
 	res.HeldFor, res.Thawed = time.Since(start), goOn == nil
-	if goOn != nil {
+	if goOn != nil || late {
 		// The marker stays and its lock goes: the watchdog takes over.
-		q.log.Error("the guest may still be held; the watchdog goes on trying", "domain", m.UUID, "mode", m.Mode, "error", goOn)
+		q.log.Error("the guest may still be held; the watchdog goes on trying", "domain", m.UUID, "mode", m.Mode, "error", errors.Join(err, goOn))
 		return res, err
 	}
 	if removed := m.remove(); removed != nil {
@@ -193,11 +206,29 @@ func (q *Quiescer) hold(ctx context.Context, m *heldMarker, point func(context.C
 	return res, err
 }
 
-func (q *Quiescer) stop(ctx context.Context, m Marker) error {
+// stop holds the guest. It gets half of the time that is left.
+func (q *Quiescer) stop(ctx context.Context, m *heldMarker) error {
+	limited, cancel := context.WithTimeout(ctx, time.Until(m.Deadline)/2)
+	defer cancel()
+	call := q.guest.Freeze
 	if m.Mode == Suspend {
-		return q.guest.Suspend(ctx, m.UUID)
+		call = q.guest.Suspend
 	}
-	return q.guest.Freeze(ctx, m.UUID)
+	if err := call(limited, m.UUID); err != nil {
+		return err
+	}
+	return m.markHeld()
+}
+
+// stillFrozen tells whether the agent froze the guest and nobody, neither the
+// watchdog at its limit nor the admin, has thawed it meanwhile: what is frozen
+// now was frozen all the time.
+func (q *Quiescer) stillFrozen(ctx context.Context, m Marker) bool {
+	if m.Mode != Agent {
+		return false
+	}
+	status, err := q.guest.FSStatus(ctx, m.UUID)
+	return err == nil && status == hypervisor.Frozen
 }
 
 // ThawLeftover sees to every marker that an earlier life of the daemon left: a
@@ -232,9 +263,11 @@ func (q *Quiescer) leftover(ctx context.Context, path string) error {
 	if !m.present() {
 		return nil
 	}
+	m.reread()
 	limited, cancel := context.WithTimeout(ctx, askLimit)
 	defer cancel()
-	if err := GoOn(limited, q.guest, m.Marker, q.log); err != nil {
+	if err := GoOn(limited, q.guest, m.Marker, q.log); err != nil || !m.Held {
+		// It does not answer, or a freeze may still come.
 		q.log.Warn("a guest may still be held from before; starting the watchdog", "domain", m.UUID, "mode", m.Mode, "error", err)
 		return q.watchdog.Start(ctx, path)
 	}

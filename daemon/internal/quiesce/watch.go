@@ -52,7 +52,8 @@ func goOnOnce(ctx context.Context, guest Guest, m Marker) (done bool, err error)
 		if state != hypervisor.StatePaused || reason != hypervisor.ReasonPausedBy {
 			return true, nil
 		}
-		return false, guest.Resume(limited, m.UUID) // and look again
+		err := guest.Resume(limited, m.UUID)
+		return err == nil, err
 	}
 	if err := guest.Thaw(limited, m.UUID); err != nil {
 		return false, err
@@ -78,27 +79,63 @@ func Watch(ctx context.Context, guest Guest, path string, log *slog.Logger, read
 	if err := ready(); err != nil {
 		return err
 	}
+	log = log.With("domain", m.UUID, "mode", m.Mode)
 	locked := make(chan error, 1)
-	go func() { locked <- lock(m.file) }() // ends with the process when the deadline comes first
+	go func() { locked <- lock(m.file) }()
 	select {
-	case err := <-locked:
-		if err != nil {
-			return fmt.Errorf("cannot wait for the marker's lock: %w", err)
-		}
+	case err = <-locked:
 	case <-time.After(time.Until(m.Deadline)):
-		log.Warn("a guest was held for too long", "domain", m.UUID, "mode", m.Mode)
+		log.Warn("a guest was held for too long, letting it go on")
+		if err := GoOn(ctx, guest, m.Marker, log); err != nil {
+			return err
+		}
+		// The daemon may be stuck just before the freeze: only when it lets go
+		// of the marker is it over.
+		select {
+		case err = <-locked:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
 	case <-ctx.Done():
 		return context.Cause(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot wait for the marker's lock: %w", err)
 	}
 	if !m.present() {
 		return nil // the daemon did it itself
 	}
-	log.Warn("letting a guest go on in the daemon's stead", "domain", m.UUID, "mode", m.Mode)
-	if err := GoOn(ctx, guest, m.Marker, log); err != nil {
+	log.Warn("letting a guest go on in the daemon's stead")
+	return m.release(ctx, guest, log)
+}
+
+// settle is how long a call to hold a guest that nobody waits for any more may
+// still take effect: libvirt lets it wait 30 s for other work on the domain.
+const settle = 40 * time.Second
+
+// release lets the guest go on in the stead of a holder that is gone, and
+// removes the marker, whose lock we have.
+func (h *heldMarker) release(ctx context.Context, guest Guest, log *slog.Logger) error {
+	h.reread()
+	if err := GoOn(ctx, guest, h.Marker, log); err != nil {
 		return err
 	}
-	log.Info("the guest goes on", "domain", m.UUID, "mode", m.Mode)
-	return m.remove()
+	log.Info("the guest goes on")
+	if h.Held {
+		return h.remove()
+	}
+	end := time.Now().Add(settle)
+	for wait := time.Second; time.Now().Before(end); wait *= 2 {
+		select {
+		case <-time.After(min(wait, time.Until(end))):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		if err := GoOn(ctx, guest, h.Marker, log); err != nil {
+			return err
+		}
+	}
+	return h.remove()
 }
 
 func lock(f *os.File) error {

@@ -16,7 +16,7 @@ LDFLAGS := -X main.version=$(VERSION)
 GOLANGCI_LINT := .cache/bin/golangci-lint
 GOLANGCI_LINT_VERSION := v2.5.0
 
-# Program, its package, and where it is installed. Only virtbackupd links libvirt.
+# Program, its package, and where it is installed. virtbackupd and its thaw watchdog link libvirt.
 PROGRAMS := virtbackupd virtbackupctl virtbackup-worker virtbackup-thaw
 virtbackupd_PACKAGE := daemon
 virtbackupd_CGO := 1
@@ -28,7 +28,7 @@ virtbackup-worker_PACKAGE := daemon/worker
 virtbackup-worker_CGO := 0
 virtbackup-worker_DIR := libexec/virtbackup
 virtbackup-thaw_PACKAGE := daemon/thaw
-virtbackup-thaw_CGO := 0
+virtbackup-thaw_CGO := 1
 virtbackup-thaw_DIR := libexec/virtbackup
 BUILT := $(foreach p,$(PROGRAMS),$(if $(wildcard $($(p)_PACKAGE)/*.go),$(p)))
 

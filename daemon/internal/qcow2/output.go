@@ -1,0 +1,112 @@
+package qcow2
+
+import (
+	"fmt"
+	"io"
+	"sync"
+
+	"lukechampine.com/blake3"
+)
+
+// pieceSpan is how much of the file one Piece covers, in bytes: what is kept
+// for reading back stays small for a file of any size.
+const pieceSpan = 64 << 20
+
+// output writes and digests the file in sequence, on its own goroutine.
+type output struct {
+	f       io.WriterAt
+	queue   chan chunk
+	done    chan struct{}
+	staging chan []byte
+
+	hasher *blake3.Hasher
+	piece  Piece // being written
+	pieces []Piece
+
+	mu  sync.Mutex
+	err error
+}
+
+// chunk is a run of bytes on its way to the file.
+type chunk struct {
+	offset  int64
+	data    []byte
+	release func()
+}
+
+func newOutput(f io.WriterAt) *output {
+	o := &output{f: f, queue: make(chan chunk, 1), done: make(chan struct{}), staging: make(chan []byte, 2), hasher: blake3.New(32, nil)}
+	o.staging <- nil // two, made when first asked for: one is filled while the other is written
+	o.staging <- nil
+	// The header's place: it is written and digested in the end.
+	o.pieces = append(o.pieces, Piece{Length: clusterSize})
+	o.piece.Offset = clusterSize
+	go o.run()
+	return o
+}
+
+func (o *output) run() {
+	defer close(o.done)
+	for c := range o.queue {
+		if o.failure() == nil {
+			if _, err := o.f.WriteAt(c.data, c.offset); err != nil {
+				o.fail(fmt.Errorf("cannot write %d bytes at %d: %w", len(c.data), c.offset, err))
+			}
+			o.digest(c.data)
+		}
+		c.release()
+	}
+	o.endPiece()
+}
+
+func (o *output) digest(p []byte) {
+	for len(p) > 0 {
+		n := min(len(p), int(pieceSpan-o.piece.Length))
+		_, _ = o.hasher.Write(p[:n]) // a hash does not fail
+		o.piece.Length += int64(n)
+		if o.piece.Length == pieceSpan {
+			o.endPiece()
+		}
+		p = p[n:]
+	}
+}
+
+func (o *output) endPiece() {
+	if o.piece.Length == 0 {
+		return
+	}
+	o.piece.Sum = [32]byte(o.hasher.Sum(nil))
+	o.pieces = append(o.pieces, o.piece)
+	o.piece = Piece{Offset: o.piece.Offset + o.piece.Length}
+	o.hasher.Reset()
+}
+
+// header writes the file's first cluster, after all else.
+func (o *output) header(p []byte) error {
+	if _, err := o.f.WriteAt(p, 0); err != nil {
+		return fmt.Errorf("cannot write header: %w", err)
+	}
+	o.pieces[0].Sum = blake3.Sum256(p)
+	return nil
+}
+
+// close waits until all is written.
+func (o *output) close() error {
+	close(o.queue)
+	<-o.done
+	return o.failure()
+}
+
+func (o *output) fail(err error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.err == nil {
+		o.err = err
+	}
+}
+
+func (o *output) failure() error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.err
+}

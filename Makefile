@@ -11,7 +11,8 @@ GO ?= go
 export HOME ?= /root
 export PATH := $(PATH):/usr/local/go/bin:/usr/sbin:/sbin
 
-VERSION := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
+# The checkout may belong to somebody else than who builds it.
+VERSION := $(shell git -c safe.directory='*' describe --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS := -X main.version=$(VERSION)
 GOLANGCI_LINT := .cache/bin/golangci-lint
 GOLANGCI_LINT_VERSION := v2.5.0
@@ -33,10 +34,13 @@ virtbackup-thaw_DIR := libexec/virtbackup
 BUILT := $(foreach p,$(PROGRAMS),$(if $(wildcard $($(p)_PACKAGE)/*.go),$(p)))
 
 # Packages with tests that run in the lab (build tag lab).
-LAB_PACKAGES ?= $(sort $(patsubst %/,./%,$(dir $(shell grep -rlE --include='*_test.go' '^//go:build .*\blab\b' . 2>/dev/null | sed 's,^\./,,'))))
+LAB_PACKAGES ?= $(sort $(patsubst %/,./%,$(dir $(shell grep -rlE --include='*_test.go' '^//go:build .*\blab\b' * 2>/dev/null))))
 LAB_TIMEOUT ?= 25m
+# More arguments for go test, such as -v or -run.
+TESTFLAGS ?=
+FUZZTIME ?= 20s
 # Every shell script of the project.
-SCRIPTS := $(shell git ls-files -co --exclude-standard 2>/dev/null | xargs -r -d '\n' grep -lIE '^\#!/bin/(ba)?sh|^\# shellcheck shell=' 2>/dev/null)
+SCRIPTS = $(shell grep -rlIE --exclude-dir=.git --exclude-dir=.cache --exclude-dir=bin --exclude='*.go' --exclude='*.md' '^\#!/bin/(ba|busybox )?sh|^\# shellcheck shell=' .)
 
 .PHONY: help deps lint-deps build install test test-unit test-lab lint bench fuzz-short faults demo clean
 help: ## what can be made
@@ -78,20 +82,33 @@ endif
 
 test: deps test-unit test-lab ## set up, and run all tests
 
-test-unit: ## the tests that need no lab
-	$(GO) test -race ./... </dev/null
+test-unit: deps ## the tests that need no lab
+	$(GO) test -race $(TESTFLAGS) ./... </dev/null
 
 # Compiled outside first: an error in the code shows before a host boots.
-test-lab: build ## the tests that run on a real host, in the lab
+test-lab: deps build ## the tests that run on a real host, in the lab
 	testdata/lab/test </dev/null
-ifneq ($(LAB_PACKAGES),)
-	$(GO) vet -tags lab $(LAB_PACKAGES)
-	LAB_NO_BUILD=1 testdata/lab/run -- $(GO) test -tags lab -count=1 -timeout $(LAB_TIMEOUT) $(LAB_PACKAGES) </dev/null
-endif
+	packages="$(LAB_PACKAGES)"; [ -z "$$packages" ] || { $(GO) vet -tags lab $$packages && \
+	LAB_NO_BUILD=1 testdata/lab/run -- $(GO) test -tags lab -count=1 -p 1 -timeout $(LAB_TIMEOUT) $(TESTFLAGS) $$packages </dev/null; }
+
+faults: deps build ## only the lab's tests that kill and break things
+	LAB_NO_BUILD=1 testdata/lab/run -- $(GO) test -tags lab -count=1 -p 1 -timeout $(LAB_TIMEOUT) -run 'Fault|Kill|Crash' $(TESTFLAGS) $(LAB_PACKAGES) </dev/null
+
+fuzz-short: ## every fuzz target, FUZZTIME each
+	grep -roE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]*' * | sed 's/:func / /' | while read -r file target; do \
+		$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) "./$${file%/*}" </dev/null || exit 1; \
+	done
+
+# On the disk: in memory, everything would be equally fast.
+bench: deps build ## measure against other tools; prints the table of README.md
+	LAB_NO_BUILD=1 LAB_DISK=1 testdata/lab/run -- testdata/bench/run </dev/null
+
+demo: deps build ## the main job on a host with a guest, as a person would run it
+	LAB_NO_BUILD=1 testdata/lab/run -- testdata/demo/run </dev/null
 
 lint: lint-deps ## golangci-lint (with the layering rules of .golangci.yml) and shellcheck
 	GOMEMLIMIT=2GiB GOGC=50 $(GOLANGCI_LINT) run --build-tags lab --concurrency 2 --timeout 15m ./... </dev/null
-	shellcheck -x -P SCRIPTDIR $(SCRIPTS)
+	shellcheck -x -P SCRIPTDIR $(SCRIPTS) </dev/null
 
 clean: ## remove what was built, and what killed lab hosts left
 	testdata/lab/clean

@@ -236,3 +236,23 @@ func (q *conditions) where() string {
 	}
 	return " WHERE " + strings.Join(q.terms, " AND ")
 }
+
+// BackupsByPrefix returns the ids, at most limit, of the backups whose id
+// begins with prefix and that did not fail.
+func (c *Catalog) BackupsByPrefix(ctx context.Context, prefix string, limit int) (ids []string, err error) {
+	err = c.read(ctx, "find backup "+prefix, func(tx *sql.Tx) (err error) {
+		ids, err = collect(ctx, tx, scanString, `SELECT id FROM backups
+			WHERE substr(id, 1, length(?1)) = ?1 AND state NOT IN ('running', 'failed') ORDER BY id LIMIT ?2`, prefix, limit)
+		return err
+	})
+	return ids, err
+}
+
+// Children returns the ids of the backups that build on one directly, and did not fail.
+func (c *Catalog) Children(ctx context.Context, id string) (ids []string, err error) {
+	err = c.read(ctx, "find what builds on backup "+id, func(tx *sql.Tx) (err error) {
+		ids, err = collect(ctx, tx, scanString, "SELECT id FROM backups WHERE parent = ? AND state NOT IN ('running', 'failed') ORDER BY id", id)
+		return err
+	})
+	return ids, err
+}

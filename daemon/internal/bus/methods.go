@@ -1,0 +1,153 @@
+package bus
+
+import (
+	"context"
+	"fmt"
+
+	godbus "github.com/godbus/dbus/v5"
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+// method is one method of the API.
+type method struct {
+	// in is its signature, from the XML.
+	in string
+	// parse reads its arguments, which have that signature.
+	parse parser
+}
+
+type parser func(about dbus.Ref, a arguments) (request, error)
+
+// arguments are those of a call; their types were checked.
+type arguments []any
+
+func (a arguments) text(i int) string { return a[i].(string) }
+
+func (a arguments) number(i int) int { return int(a[i].(uint32)) }
+
+// options reads the last argument.
+func (a arguments) options(into any) error {
+	return dbus.DecodeOptions(a[len(a)-1].(map[string]godbus.Variant), into)
+}
+
+// apiMethods joins the XML and the parsers; both must have the same methods.
+func apiMethods() (map[string]method, error) {
+	interfaces, err := dbus.Interfaces()
+	if err != nil {
+		return nil, err
+	}
+	parsers := parsers()
+	methods := make(map[string]method)
+	for _, i := range interfaces {
+		for _, m := range i.Methods {
+			name := i.Name + "." + m.Name
+			parse, ok := parsers[name]
+			if !ok {
+				return nil, fmt.Errorf("the interfaces have a method %s that nothing answers", name)
+			}
+			methods[name] = method{in: m.Signature("in"), parse: parse}
+		}
+	}
+	if len(methods) != len(parsers) {
+		return nil, fmt.Errorf("%d methods are answered, and the interfaces have %d", len(parsers), len(methods))
+	}
+	return methods, nil
+}
+
+func parsers() map[string]parser {
+	return map[string]parser{
+		"org.virtbackup1.Manager.CreateRepository":       createRepository,
+		"org.virtbackup1.Manager.CreateOffering":         createOffering,
+		"org.virtbackup1.Manager.GetRepository":          getObject(dbus.KindRepository),
+		"org.virtbackup1.Manager.GetOffering":            getObject(dbus.KindOffering),
+		"org.virtbackup1.Manager.GetDomain":              getObject(dbus.KindDomain),
+		"org.virtbackup1.Manager.GetBackup":              getObject(dbus.KindBackup),
+		"org.virtbackup1.Manager.ListBackups":            listBackups,
+		"org.virtbackup1.Manager.ListJobs":               listJobs,
+		"org.virtbackup1.Manager.EffectiveConfiguration": effectiveConfiguration,
+		"org.virtbackup1.Manager.Reload":                 change("reload", reload),
+
+		"org.virtbackup1.Repository.Check":  startJob("check repository", Backend.CheckRepository),
+		"org.virtbackup1.Repository.Remove": change("remove repository", Backend.RemoveRepository),
+
+		"org.virtbackup1.Offering.Update": updateOffering,
+		"org.virtbackup1.Offering.Remove": change("remove offering", Backend.RemoveOffering),
+
+		"org.virtbackup1.Domain.Assign":      assignDomain,
+		"org.virtbackup1.Domain.Unassign":    change("unassign domain", Backend.UnassignDomain),
+		"org.virtbackup1.Domain.Backup":      backupDomain,
+		"org.virtbackup1.Domain.FinishChain": change("finish chain", Backend.FinishChain),
+
+		"org.virtbackup1.Chain.Verify": startJob("verify chain", Backend.VerifyChain),
+		"org.virtbackup1.Chain.Delete": remove("delete chain", Backend.DeleteChain),
+
+		"org.virtbackup1.Backup.Delete":         remove("delete backup", Backend.DeleteBackup),
+		"org.virtbackup1.Backup.Verify":         startJob("verify backup", Backend.VerifyBackup),
+		"org.virtbackup1.Backup.Restore":        restoreBackup,
+		"org.virtbackup1.Backup.RestoreInPlace": restoreInPlace,
+		"org.virtbackup1.Backup.PlanRestore":    planRestore,
+
+		"org.virtbackup1.Job.Cancel": change("cancel job", Backend.CancelJob),
+		"org.virtbackup1.Job.Log":    jobLog,
+	}
+}
+
+// done logs a change that was asked for, and passes on how it went.
+func (s *Server) done(c Caller, what string, about dbus.Ref, err error) error {
+	log := s.config.Log.With("request", what, "object", about.String(), "uid", c.UID, "sender", c.Sender)
+	if err != nil {
+		log.Warn("request refused", "error", err)
+		return err
+	}
+	log.Info("request accepted")
+	return nil
+}
+
+func reload(b Backend, ctx context.Context, c Caller, _ string) error { return b.Reload(ctx, c) }
+
+// change is a method that takes no options yet and returns nothing.
+func change(what string, do func(Backend, context.Context, Caller, string) error) parser {
+	return func(about dbus.Ref, a arguments) (request, error) {
+		run := func(ctx context.Context, s *Server, c Caller) ([]any, error) {
+			return nil, s.done(c, what, about, do(s.backend, ctx, c, about.ID))
+		}
+		return request{run: run}, a.options(&dbus.NoOptions{})
+	}
+}
+
+// startJob is a method that takes no options yet and returns a job.
+func startJob(what string, start func(Backend, context.Context, Caller, string) (string, error)) parser {
+	return func(about dbus.Ref, a arguments) (request, error) {
+		run := func(ctx context.Context, s *Server, c Caller) ([]any, error) {
+			job, err := start(s.backend, ctx, c, about.ID)
+			return jobPath(job), s.done(c, what, about, err)
+		}
+		return request{run: run}, a.options(&dbus.NoOptions{})
+	}
+}
+
+// remove is a method that deletes backups.
+func remove[O any](what string, do func(Backend, context.Context, Caller, string, O) ([]string, string, error)) parser {
+	return func(about dbus.Ref, a arguments) (request, error) {
+		var o O
+		run := func(ctx context.Context, s *Server, c Caller) ([]any, error) {
+			backups, job, err := do(s.backend, ctx, c, about.ID, o)
+			return []any{append([]string{}, backups...), jobPath(job)[0]}, s.done(c, what, about, err)
+		}
+		return request{run: run}, a.options(&o)
+	}
+}
+
+// jobPath is the answer of a method that returns a job; an empty id is no job.
+func jobPath(id string) []any { return []any{dbus.Ref{Kind: dbus.KindJob, ID: id}.Path()} }
+
+// mentions leaves out what is not mentioned.
+func mentions(all ...mention) []mention {
+	var out []mention
+	for _, m := range all {
+		if m.name != "" {
+			out = append(out, m)
+		}
+	}
+	return out
+}

@@ -1,0 +1,177 @@
+package bus
+
+import (
+	"context"
+
+	godbus "github.com/godbus/dbus/v5"
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+func createRepository(about dbus.Ref, a arguments) (request, error) {
+	name, typ, path := a.text(0), a.text(1), a.text(2)
+	var o dbus.CreateRepositoryOptions
+	run := func(ctx context.Context, s *Server, c Caller) ([]any, error) {
+		repository, job, err := s.backend.CreateRepository(ctx, c, name, typ, path, o)
+		return []any{dbus.Ref{Kind: dbus.KindRepository, ID: repository}.Path(), jobPath(job)[0]},
+			s.done(c, "create repository "+name, about, err)
+	}
+	return request{names: map[string]string{dbus.DetailRepository: name}, run: run}, a.options(&o)
+}
+
+func createOffering(about dbus.Ref, a arguments) (request, error) {
+	name, repository := a.text(0), a.text(1)
+	var o dbus.Settings
+	run := func(ctx context.Context, s *Server, c Caller) ([]any, error) {
+		id, err := s.backend.CreateOffering(ctx, c, name, repository, o)
+		return []any{dbus.Ref{Kind: dbus.KindOffering, ID: id}.Path()}, s.done(c, "create offering "+name, about, err)
+	}
+	return request{
+		mentions: []mention{{dbus.KindRepository, repository}},
+		names:    map[string]string{dbus.DetailOffering: name},
+		run:      run,
+	}, a.options(&o)
+}
+
+// getObject is a method that finds an object by a name.
+func getObject(kind dbus.Kind) parser {
+	return func(_ dbus.Ref, a arguments) (request, error) {
+		name := a.text(0)
+		run := func(ctx context.Context, s *Server, _ Caller) ([]any, error) {
+			ref, err := s.backend.Find(ctx, kind, name)
+			return []any{ref.Path()}, err
+		}
+		return request{mentions: []mention{{kind, name}}, run: run}, nil
+	}
+}
+
+// pageLimit is the limit that a caller gets who asks for limit.
+func pageLimit(limit int) (int, error) {
+	const normal, most = 100, 1000
+	switch {
+	case limit == 0:
+		return normal, nil
+	case limit > most:
+		return 0, dbus.Errorf(dbus.ErrInvalidArgument, "the limit is %d entries, and at most %d are given", limit, most)
+	}
+	return limit, nil
+}
+
+func listBackups(_ dbus.Ref, a arguments) (request, error) {
+	var f dbus.BackupFilter
+	if err := dbus.DecodeOptions(a[0].(map[string]godbus.Variant), &f); err != nil {
+		return request{}, err
+	}
+	cursor := a.text(1)
+	limit, err := pageLimit(a.number(2))
+	run := func(ctx context.Context, s *Server, _ Caller) ([]any, error) {
+		backups, next, err := s.backend.ListBackups(ctx, f, cursor, limit)
+		return []any{dbus.EncodeRecords(backups), next}, err
+	}
+	return request{
+		mentions: mentions(mention{dbus.KindDomain, f.Domain}, mention{dbus.KindOffering, f.Offering}, mention{dbus.KindRepository, f.Repository}),
+		run:      run,
+	}, err
+}
+
+func listJobs(_ dbus.Ref, a arguments) (request, error) {
+	var f dbus.JobFilter
+	if err := dbus.DecodeOptions(a[0].(map[string]godbus.Variant), &f); err != nil {
+		return request{}, err
+	}
+	cursor := a.text(1)
+	limit, err := pageLimit(a.number(2))
+	run := func(ctx context.Context, s *Server, _ Caller) ([]any, error) {
+		jobs, next, err := s.backend.ListJobs(ctx, f, cursor, limit)
+		return []any{dbus.EncodeRecords(jobs), next}, err
+	}
+	return request{mentions: mentions(mention{dbus.KindDomain, f.Domain}), run: run}, err
+}
+
+func effectiveConfiguration(dbus.Ref, arguments) (request, error) {
+	run := func(ctx context.Context, s *Server, _ Caller) ([]any, error) {
+		settings, err := s.backend.EffectiveConfiguration(ctx)
+		return []any{dbus.EncodeRecords(settings)}, err
+	}
+	return request{run: run}, nil
+}
+
+func updateOffering(about dbus.Ref, a arguments) (request, error) {
+	var o dbus.UpdateOfferingOptions
+	if err := a.options(&o); err != nil {
+		return request{}, err
+	}
+	r := request{run: func(ctx context.Context, s *Server, c Caller) ([]any, error) {
+		return nil, s.done(c, "update offering", about, s.backend.UpdateOffering(ctx, c, about.ID, o))
+	}}
+	if o.Repository != nil {
+		r.mentions = []mention{{dbus.KindRepository, *o.Repository}}
+	}
+	return r, nil
+}
+
+func assignDomain(about dbus.Ref, a arguments) (request, error) {
+	offering := a.text(0)
+	run := func(ctx context.Context, s *Server, c Caller) ([]any, error) {
+		return nil, s.done(c, "assign domain to "+offering, about, s.backend.AssignDomain(ctx, c, about.ID, offering))
+	}
+	return request{mentions: []mention{{dbus.KindOffering, offering}}, run: run}, a.options(&dbus.NoOptions{})
+}
+
+func backupDomain(about dbus.Ref, a arguments) (request, error) {
+	var o dbus.BackupOptions
+	if err := a.options(&o); err != nil {
+		return request{}, err
+	}
+	if o.Offering != "" && o.Repository != "" {
+		return request{}, dbus.Errorf(dbus.ErrInvalidArgument, "give an offering or a repository, not both")
+	}
+	r := request{
+		mentions: mentions(mention{dbus.KindOffering, o.Offering}, mention{dbus.KindRepository, o.Repository}),
+		run: func(ctx context.Context, s *Server, c Caller) ([]any, error) {
+			job, err := s.backend.BackupDomain(ctx, c, about.ID, o)
+			return jobPath(job), s.done(c, "back up domain", about, err)
+		},
+	}
+	if o.Repository != "" {
+		// In place of the domain's own offering.
+		r.names = map[string]string{dbus.DetailOffering: ""}
+	}
+	return r, nil
+}
+
+func restoreBackup(about dbus.Ref, a arguments) (request, error) {
+	name := a.text(0)
+	var o dbus.RestoreOptions
+	run := func(ctx context.Context, s *Server, c Caller) ([]any, error) {
+		job, err := s.backend.RestoreBackup(ctx, c, about.ID, name, o)
+		return jobPath(job), s.done(c, "restore backup as "+name, about, err)
+	}
+	return request{run: run}, a.options(&o)
+}
+
+func restoreInPlace(about dbus.Ref, a arguments) (request, error) {
+	var o dbus.RestoreInPlaceOptions
+	run := func(ctx context.Context, s *Server, c Caller) ([]any, error) {
+		job, err := s.backend.RestoreInPlace(ctx, c, about.ID, o)
+		return jobPath(job), s.done(c, "restore backup in place", about, err)
+	}
+	return request{run: run}, a.options(&o)
+}
+
+func planRestore(about dbus.Ref, a arguments) (request, error) {
+	var o dbus.PlanRestoreOptions
+	run := func(ctx context.Context, s *Server, _ Caller) ([]any, error) {
+		plan, err := s.backend.PlanRestore(ctx, about.ID, o)
+		return []any{dbus.EncodeRecord(plan)}, err
+	}
+	return request{run: run}, a.options(&o)
+}
+
+func jobLog(about dbus.Ref, a arguments) (request, error) {
+	limit := a.number(0)
+	run := func(ctx context.Context, s *Server, _ Caller) ([]any, error) {
+		messages, err := s.backend.JobLog(ctx, about.ID, limit)
+		return []any{dbus.EncodeRecords(messages)}, err
+	}
+	return request{run: run}, nil
+}

@@ -59,10 +59,11 @@ func fixSysinfo(r *rebuild, _, e *element) (bool, error) {
 }
 
 // fixClock lets a time zone through, whose name has slashes.
-func fixClock(_ *rebuild, original, e *element) (bool, error) {
+func fixClock(r *rebuild, original, e *element) (bool, error) {
 	zone := original.attr("timezone")
 	if zone != "" && plain(strings.ReplaceAll(zone, "/", "-")) && !strings.HasPrefix(zone, "/") {
 		e.set("timezone", zone)
+		r.forget("domain/clock/@timezone")
 	} else if e.attr("offset") == "timezone" {
 		e.set("offset", "utc")
 	}
@@ -179,8 +180,7 @@ func fixDisk(r *rebuild, original, e *element) (bool, error) {
 	}
 	k, ok := r.changes.Disks[target]
 	if !ok && (device == "cdrom" || device == "floppy") {
-		e.set("type", "file") // an empty drive
-		r.forgetDiskType()
+		r.setDiskType(e, "file", "raw") // an empty drive
 		return true, nil
 	}
 	if !ok {
@@ -193,22 +193,23 @@ func fixDisk(r *rebuild, original, e *element) (bool, error) {
 	if k.Block {
 		kind, attr = "block", "dev"
 	}
+	r.setDiskType(e, kind, k.Format)
+	e.children = append(e.children, &element{name: "source", attrs: []attribute{{attr, k.Path}}})
+	return true, nil
+}
+
+// setDiskType sets what is never taken over, and so was not lost either.
+func (r *rebuild) setDiskType(e *element, kind, format string) {
 	e.set("type", kind)
-	r.forgetDiskType()
 	driver := e.child("driver")
 	if driver == nil {
 		driver = &element{name: "driver"}
 		e.children = append([]*element{driver}, e.children...)
 	}
 	driver.set("name", "qemu")
-	driver.set("type", k.Format)
-	r.forget("domain/devices/disk/driver/@name", "domain/devices/disk/driver/@type")
-	e.children = append(e.children, &element{name: "source", attrs: []attribute{{attr, k.Path}}})
-	return true, nil
+	driver.set("type", format)
+	r.forget("domain/devices/disk/@type", "domain/devices/disk/driver/@name", "domain/devices/disk/driver/@type")
 }
-
-// forgetDiskType: the type is always replaced, so it was not lost.
-func (r *rebuild) forgetDiskType() { r.forget("domain/devices/disk/@type") }
 
 // fixInterface allows connections to networks of this host, by name.
 func fixInterface(r *rebuild, _, e *element) (bool, error) {

@@ -1,0 +1,183 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"net/url"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// setting ties a key to its place in a Config.
+type setting struct {
+	key     string
+	to      any // *int, *string, *Level, *Size, *time.Duration or *[]string
+	check   func() error
+	allowed string
+	help    string
+}
+
+// settings lists all keys. It is the only such list: the file is read, shown
+// and documented from it.
+func (c *Config) settings() []setting {
+	d, v, l, b, r := &c.Daemon, &c.Libvirt, &c.Limits, &c.Backup, &c.Restore
+	return []setting{
+		directory("daemon.state_directory", &d.StateDirectory, "Where the catalog and the key of the manifests are. Has to be on a local disk."),
+		directory("daemon.runtime_directory", &d.RuntimeDirectory, "Where sockets and the state of running jobs are. Has to be on a tmpfs."),
+		{"daemon.log_level", &d.LogLevel, func() error { return d.LogLevel.check() }, "debug, info, warning, error", "How much is logged."},
+
+		{"libvirt.uri", &v.URI, func() error { return checkURI(v.URI) }, "a local QEMU connection, such as qemu:///system", "The libvirt connection whose domains are backed up."},
+		duration("libvirt.agent_timeout", &v.AgentTimeout, time.Second, 10*time.Minute, "How long a guest agent may take to answer one command."),
+		duration("libvirt.hold_limit", &v.HoldLimit, time.Second, 10*time.Minute, "How long a guest may be frozen or suspended for a backup. After this it goes on, and the backup fails or is less consistent."),
+
+		number("limits.concurrent_jobs", &l.ConcurrentJobs, 1, 1000, "How many jobs run at once."),
+		number("limits.concurrent_jobs_per_repository", &l.ConcurrentJobsPerRepository, 1, 1000, "How many of them may use the same repository."),
+		number("limits.jobs_per_user", &l.JobsPerUser, 1, 100000, "How many unfinished jobs a user may have. Root has no such limit."),
+		number("limits.queue", &l.Queue, 1, 100000, "How many jobs may wait."),
+		number("limits.cpu_weight", &l.CPUWeight, 1, 10000, "The CPUWeight= of each job's service; systemd's default for others is 100."),
+		number("limits.cpu_quota", &l.CPUQuota, 0, 100000, "The CPUQuota= of each job's service in percent of one CPU; 0 for no limit."),
+		size("limits.memory_max", &l.MemoryMax, 128*mebibyte, "The MemoryMax= of each job's service, page cache included."),
+		number("limits.io_weight", &l.IOWeight, 1, 10000, "The IOWeight= of each job's service; systemd's default for others is 100."),
+		size("limits.minimum_free_repository", &l.MinimumFreeRepository, 0, "A backup fails before it leaves less than this free in its repository."),
+		size("limits.minimum_free_scratch", &l.MinimumFreeScratch, 0, "A backup is not started when less than this is free below backup.scratch_directory."),
+
+		directory("backup.scratch_directory", &b.ScratchDirectory, "Where QEMU puts the old contents of blocks that a guest overwrites during a backup. Has to be on a local disk."),
+
+		{"restore.destinations", &r.Destinations, func() error { return checkDirectories(r.Destinations) }, "a list of absolute paths without \"..\", none of them \"/\"", "Directories below which a restore may write disks."},
+	}
+}
+
+const allowedDirectory = "an absolute path without \"..\", not \"/\""
+
+func directory(key string, to *string, help string) setting {
+	return setting{key, to, func() error { return checkDirectories([]string{*to}) }, allowedDirectory, help}
+}
+
+func number(key string, to *int, low, high int, help string) setting {
+	check := func() error {
+		if *to < low || *to > high {
+			return errors.New("out of range")
+		}
+		return nil
+	}
+	return setting{key, to, check, fmt.Sprintf("%d to %d", low, high), help}
+}
+
+func size(key string, to *Size, low Size, help string) setting {
+	check := func() error {
+		if *to < low {
+			return errors.New("too small")
+		}
+		return nil
+	}
+	return setting{key, to, check, fmt.Sprintf("a size of at least %q in B, KiB, MiB, GiB or TiB", low), help}
+}
+
+func duration(key string, to *time.Duration, low, high time.Duration, help string) setting {
+	check := func() error {
+		if *to < low || *to > high {
+			return errors.New("out of range")
+		}
+		return nil
+	}
+	return setting{key, to, check, fmt.Sprintf("a time from %q to %q", low, high), help}
+}
+
+func checkDirectories(paths []string) error {
+	for _, p := range paths {
+		if !filepath.IsAbs(p) || p == "/" || slices.Contains(strings.Split(p, "/"), "..") || strings.ContainsFunc(p, isControl) {
+			return fmt.Errorf("%q is not a usable directory", p)
+		}
+	}
+	return nil
+}
+
+func isControl(r rune) bool { return r < ' ' || r == 0x7f }
+
+func checkURI(uri string) error {
+	u, err := url.Parse(uri)
+	if err != nil || u.Scheme != "qemu" || u.Host != "" || u.Opaque != "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" ||
+		u.Path != "/system" && u.Path != "/session" {
+		return fmt.Errorf("%q is not a usable connection", uri)
+	}
+	return nil
+}
+
+// set takes over a value as the TOML library decoded it.
+func (s setting) set(v any) error {
+	switch to := s.to.(type) {
+	case *int:
+		n, ok := v.(int64)
+		if !ok || int64(int(n)) != n {
+			return errors.New("not a whole number")
+		}
+		*to = int(n)
+	case *[]string:
+		list, ok := v.([]any)
+		if !ok {
+			return errors.New("not a list")
+		}
+		*to = make([]string, 0, len(list))
+		for _, one := range list {
+			text, ok := one.(string)
+			if !ok {
+				return errors.New("not a list of strings")
+			}
+			*to = append(*to, filepath.Clean(text))
+			if err := checkDirectories([]string{text}); err != nil { // before Clean takes a ".." away
+				return err
+			}
+		}
+	default:
+		text, ok := v.(string)
+		if !ok {
+			return errors.New("not a string")
+		}
+		if err := s.setText(text); err != nil {
+			return err
+		}
+	}
+	return s.check()
+}
+
+func (s setting) setText(text string) (err error) {
+	switch to := s.to.(type) {
+	case *string:
+		*to = text
+	case *Level:
+		*to = Level(text)
+	case *Size:
+		*to, err = parseSize(text)
+	case *time.Duration:
+		if *to, err = time.ParseDuration(text); err != nil {
+			err = fmt.Errorf("%q is not a time", text)
+		}
+	}
+	return err
+}
+
+// get returns the value as it would stand in the file.
+func (s setting) get() string {
+	switch from := s.to.(type) {
+	case *int:
+		return strconv.Itoa(*from)
+	case *[]string:
+		quoted := make([]string, len(*from))
+		for i, one := range *from {
+			quoted[i] = strconv.Quote(one)
+		}
+		return "[" + strings.Join(quoted, ", ") + "]"
+	case *string:
+		return strconv.Quote(*from)
+	case *Level:
+		return strconv.Quote(string(*from))
+	case *Size:
+		return strconv.Quote(from.String())
+	case *time.Duration:
+		return strconv.Quote(from.String())
+	}
+	return ""
+}

@@ -60,7 +60,7 @@ func TestNewDefinitionDropsAllThatIsNotAllowed(t *testing.T) {
 	for _, bad := range []string{
 		"evil", "/etc/", "/tmp/", "/dev/sda", "/dev/mem", "/dev/tpm0", "/dev/pts", "/dev/dri", "docker", "canary", "0.0.0.0",
 		"hostdev", "filesystem", "qemu:", "commandline", "emulator<", "<emulator", "LD_PRELOAD", "shmem", "nvdimm", "egd",
-		type=\"passthrough", "seclabel", "idmap", "bootloader", "dtb", "slic", "old", "11111111", "52:54", "secret", "shareable",
+		"type=\"passthrough", "seclabel", "idmap", "bootloader", "dtb", "slic", "old", "11111111", "52:54", "secret", "shareable",
 		"sgio", "rawio", "encryption", "crypto", "lease", "dump", "sdl", "vhostuser", "ethernet", "metadata", "5900",
 	} {
 		if strings.Contains(out, bad) {

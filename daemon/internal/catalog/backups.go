@@ -28,7 +28,7 @@ type Backup struct {
 	Created     time.Time
 	Finished    time.Time
 	Verified    time.Time // when it was last read back by a job of its own; zero for never
-	Size        uint64 // bytes of all disks, as the guest sees them
+	Size        uint64    // bytes of all disks, as the guest sees them
 	StoredBytes uint64
 	DataBytes   uint64
 	Error       string // why it failed or is damaged

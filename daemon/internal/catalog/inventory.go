@@ -73,9 +73,13 @@ func (c *Catalog) FoundRepository(ctx context.Context, id string, f Finding) err
 	})
 }
 
-// RemoveRepository forgets a repository. ErrInUse: an offering or a backup is in it.
+// RemoveRepository forgets a repository, and the attempts at backups that failed
+// in it. ErrInUse: an offering or a backup is in it.
 func (c *Catalog) RemoveRepository(ctx context.Context, id string) error {
 	return c.write(ctx, "remove repository "+id, func(tx *sql.Tx) error {
+		if _, err := tx.ExecContext(ctx, "DELETE FROM backups WHERE repository = ? AND state = 'failed'", id); err != nil {
+			return err
+		}
 		return exactlyOne(tx.ExecContext(ctx, "DELETE FROM repositories WHERE id = ?", id))
 	})
 }

@@ -22,10 +22,11 @@ type classed struct {
 func (c *classed) Error() string { return c.err.Error() }
 func (c *classed) Unwrap() error { return c.err }
 
-// classify gives an error a class; nil stays nil.
+// classify gives an error a class unless it has one; nil stays nil.
 func classify(class Class, err error) error {
-	if err == nil {
-		return nil
+	var already *classed
+	if err == nil || errors.As(err, &already) {
+		return err
 	}
 	return &classed{class, err}
 }
@@ -34,9 +35,16 @@ func fail(class Class, format string, args ...any) error {
 	return &classed{class, fmt.Errorf(format, args...)}
 }
 
-// failure makes an error what stands in the result. What can be told from the
-// error itself goes before what its place said: a full disk is a full disk in
-// whatever it came up, and everything fails in some way once it is cancelled.
+// inRepository classes what the repository package said.
+func inRepository(err error) error {
+	if class := sentinelOf(err); class != "" {
+		return classify(class, err)
+	}
+	return classify(ClassRepository, err)
+}
+
+// failure makes an error what stands in the result. Everything fails in some
+// way once the job is cancelled: that is then the reason.
 func failure(ctx context.Context, err error) *Failure {
 	if err == nil {
 		return nil
@@ -46,12 +54,8 @@ func failure(ctx context.Context, err error) *Failure {
 	switch {
 	case errors.Is(context.Cause(ctx), ErrCancelled):
 		return &Failure{ClassCancelled, "the job was cancelled"}
-	case errors.Is(err, repository.ErrForeign):
-		class = ClassForeign
 	case errors.As(err, &place):
 		class = place.class
-	case sentinelOf(err) != "":
-		class = sentinelOf(err)
 	}
 	if class == ClassRepository && (errors.Is(err, repository.ErrNoSpace) || errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)) {
 		class = ClassFull
@@ -64,6 +68,7 @@ func sentinelOf(err error) Class {
 		sentinel error
 		class    Class
 	}{
+		{repository.ErrForeign, ClassForeign},
 		{repository.ErrManifest, ClassManifest},
 		{repository.ErrForeignManifest, ClassManifest},
 		{repository.ErrNoSpace, ClassFull},

@@ -1,0 +1,359 @@
+package transfer
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"lukechampine.com/blake3"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/digest"
+	"github.com/virtbackup/virtbackup/daemon/internal/nbd"
+	"github.com/virtbackup/virtbackup/daemon/internal/qcow2"
+	"github.com/virtbackup/virtbackup/daemon/internal/repository"
+)
+
+// readDepth is how many reads of one disk are under way, of up to 1 MiB each.
+const readDepth = 12
+
+// diskCopy is one disk of a backup in the making.
+type diskCopy struct {
+	*backup
+	spec    BackupDisk
+	entry   *repository.Disk
+	count   *counters
+	image   *os.File
+	digests *os.File
+	parent  *storedDisk // of an increment
+
+	writer     *qcow2.Writer
+	table      *digest.Writer
+	zero       [digest.SumSize]byte // of a whole block
+	pieces     []qcow2.Piece
+	digestFile repository.File
+}
+
+// prepare opens what the disk needs in the repository. An increment's parent is
+// opened down to the full image: if that fails now, a full backup is made
+// instead, and if it would fail later, this one is worth nothing.
+func (d *diskCopy) prepare() error {
+	if d.entry.Kind == repository.KindIncremental {
+		var err error
+		if d.parent, err = openDisk(d.repo, d.parents, d.spec.Target); err != nil {
+			return asParent(err)
+		}
+		if d.parent.Size != d.spec.Size {
+			return fail(ClassParent, "it had %d bytes in the parent and has %d now", d.parent.Size, d.spec.Size)
+		}
+	}
+	var err error
+	if d.image, err = d.stage.Create(d.entry.File); err != nil {
+		return inRepository(err)
+	}
+	d.digests, err = d.stage.Create(repository.DigestName(d.spec.Target))
+	return inRepository(err)
+}
+
+// asParent makes any failure of the parent's files one of the parent.
+func asParent(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &classed{ClassParent, fmt.Errorf("parent: %w", err)}
+}
+
+func (d *diskCopy) close() {
+	if d.writer != nil {
+		d.writer.Abort()
+	}
+	if d.parent != nil {
+		d.parent.close()
+	}
+	for _, f := range []*os.File{d.image, d.digests} {
+		if f != nil {
+			f.Close()
+		}
+	}
+}
+
+// extent is a span on its way from the export to the image.
+type extent struct {
+	span
+	data []byte // the writer's buffer
+	sums [][digest.SumSize]byte
+}
+
+func (d *diskCopy) copy(ctx context.Context) error {
+	contexts := []string{nbd.ContextAllocation}
+	if d.spec.Bitmap != "" {
+		contexts = append(contexts, d.spec.Bitmap)
+	}
+	client, err := nbd.Dial(ctx, d.spec.Socket, nbd.Options{Export: d.spec.Export, Contexts: contexts})
+	if err != nil {
+		return classify(ClassSource, err)
+	}
+	defer client.Close()
+	if client.Size() != d.spec.Size {
+		return fail(ClassSource, "its export has %d bytes instead of %d", client.Size(), d.spec.Size)
+	}
+	p := planner{source: client, size: d.spec.Size, bitmap: d.spec.Bitmap}
+	if err := d.begin(ctx, p); err != nil {
+		return err
+	}
+	err = ordered(ctx, readDepth, stages[*extent]{
+		produce: func(ctx context.Context, emit func(*extent) error) error { return d.produce(ctx, p, emit) },
+		work:    func(ctx context.Context, e *extent) error { return d.read(ctx, client, e) },
+		consume: d.store,
+		drop:    func(e *extent) { d.writer.PutBuffer(e.data) },
+	})
+	if err != nil {
+		return err
+	}
+	return d.end()
+}
+
+// begin starts the image and the digests, and counts what is to be done.
+func (d *diskCopy) begin(ctx context.Context, p planner) error {
+	total, err := p.total(ctx)
+	if err != nil {
+		return err
+	}
+	d.count.total.Store(total)
+	if d.spec.Bitmap != "" {
+		d.count.dirty.Store(total)
+	}
+	threads := 0
+	if len(d.disks) > 1 {
+		threads = 1 // the disks are side by side already
+	}
+	if d.Threads > 0 {
+		threads = d.Threads
+	}
+	d.writer, err = qcow2.NewWriter(countingFile{d.image, d.count}, qcow2.WriterOptions{
+		Size: d.spec.Size, ClusterSize: clusterSize, Backing: d.Manifest.Backing(*d.entry),
+		Compression: qcow2.Compression(d.Compression), Level: d.Level, Threads: threads,
+	})
+	if err != nil {
+		return classify(ClassInternal, err)
+	}
+	d.zero = digest.ZeroSum(digest.BlockSize)
+	d.table, err = digest.NewWriter(d.digests, d.spec.Size)
+	return classify(ClassRepository, err)
+}
+
+func (d *diskCopy) produce(ctx context.Context, p planner, emit func(*extent) error) error {
+	return p.plan(ctx, func(s span) error {
+		if s.kind != spanData {
+			return emit(&extent{span: s})
+		}
+		for at := s.off; at < s.end(); at += qcow2.BufferSize {
+			n := min(qcow2.BufferSize, s.end()-at)
+			e := &extent{span: span{at, n, spanData}, data: d.writer.GetBuffer()[:n]}
+			if err := emit(e); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+func (d *diskCopy) read(ctx context.Context, from source, e *extent) error {
+	if e.kind != spanData {
+		return nil
+	}
+	if err := from.ReadAt(ctx, e.data, e.off); err != nil {
+		return fail(ClassSource, "cannot read %d bytes at %d: %w", e.length, e.off, err)
+	}
+	d.count.read.Add(e.length)
+	e.sums = sums(e.data)
+	return nil
+}
+
+// sums returns the digest of each block of data that begins at a block's bound.
+func sums(data []byte) [][digest.SumSize]byte {
+	list := make([][digest.SumSize]byte, 0, len(data)/digest.BlockSize+1)
+	for len(data) > 0 {
+		n := min(len(data), digest.BlockSize)
+		list = append(list, digest.Sum(data[:n]))
+		data = data[n:]
+	}
+	return list
+}
+
+// store puts the next extent into the image and its digests into the table.
+func (d *diskCopy) store(e *extent) error {
+	if err := d.digest(e); err != nil {
+		d.writer.PutBuffer(e.data)
+		return err
+	}
+	var err error
+	switch e.kind {
+	case spanClean:
+		return nil
+	case spanZero:
+		d.count.zero.Add(e.length)
+		err = d.writer.WriteZero(e.off, e.length)
+	case spanData:
+		err = d.writer.WriteData(e.off, e.data)
+	}
+	d.count.done.Add(e.length)
+	return classify(ClassRepository, err)
+}
+
+func (d *diskCopy) digest(e *extent) error {
+	for i := range digest.Blocks(e.length) {
+		var before [digest.SumSize]byte
+		var err error
+		if d.parent != nil {
+			if before, err = d.parent.digests.Next(); err != nil {
+				return asParent(err)
+			}
+		}
+		switch e.kind {
+		case spanClean:
+			err = d.table.Append(before)
+		case spanZero:
+			err = d.table.AppendZero()
+		case spanData:
+			n := digest.Length(e.length, i)
+			if isZero(e.sums[i], n, d.zero) {
+				d.count.zero.Add(uint64(n))
+			} else {
+				d.entry.DataBytes += uint64(n)
+			}
+			err = d.table.Append(e.sums[i])
+		}
+		if err != nil {
+			return classify(ClassRepository, err)
+		}
+	}
+	return nil
+}
+
+// end completes image and digests.
+func (d *diskCopy) end() error {
+	if d.parent != nil {
+		if err := endDigests(d.parent.digests, d.parent.DigestRoot); err != nil {
+			return asParent(err)
+		}
+	}
+	if err := d.writer.Finish(); err != nil {
+		return classify(ClassRepository, err)
+	}
+	d.pieces = d.writer.Pieces()
+	root, err := d.table.Close()
+	if err != nil {
+		return classify(ClassRepository, err)
+	}
+	d.entry.DigestRoot = fmt.Sprintf("%x", root)
+	info, err := d.image.Stat()
+	if err != nil {
+		return classify(ClassRepository, err)
+	}
+	d.entry.StoredBytes = uint64(info.Size())
+	return nil
+}
+
+// flush makes image and digests durable.
+func (d *diskCopy) flush(context.Context) error {
+	return classify(ClassRepository, errors.Join(d.image.Sync(), d.digests.Sync()))
+}
+
+// verify reads back all that was written: each piece of the image, then its
+// structure as any reader would find it, then the digests.
+func (d *diskCopy) verify(ctx context.Context) error {
+	d.count.total.Store(d.entry.StoredBytes)
+	if err := forget(d.image); err != nil {
+		return err
+	}
+	at := int64(0)
+	err := ordered(ctx, 2, stages[qcow2.Piece]{
+		produce: func(_ context.Context, emit func(qcow2.Piece) error) error {
+			for _, p := range d.pieces {
+				if err := emit(p); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+		work: d.compare,
+		consume: func(p qcow2.Piece) error {
+			if p.Offset != at {
+				return fail(ClassInternal, "nobody digested the image's bytes at %d", at)
+			}
+			at += p.Length
+			return nil
+		},
+		drop: func(qcow2.Piece) {},
+	})
+	if err != nil {
+		return err
+	}
+	if uint64(at) != d.entry.StoredBytes {
+		return fail(ClassVerification, "image %s has %d bytes, of which %d were written", d.entry.File, d.entry.StoredBytes, at)
+	}
+	image, err := checkImage(d.image, *d.entry, d.Manifest.Backing(*d.entry), qcow2.Limits{Size: d.entry.Size})
+	if err != nil {
+		return err
+	}
+	if err := image.Check(ctx); err != nil {
+		return fail(ClassVerification, "image %s: %w", d.entry.File, err)
+	}
+	return d.verifyDigests()
+}
+
+// compare reads a piece of the image and compares it with what was written.
+func (d *diskCopy) compare(ctx context.Context, p qcow2.Piece) error {
+	h := blake3.New(digest.SumSize, nil)
+	buf := make([]byte, 1<<20)
+	for at := p.Offset; at < p.Offset+p.Length; {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		n := int(min(int64(len(buf)), p.Offset+p.Length-at))
+		if _, err := io.ReadFull(io.NewSectionReader(d.image, at, int64(n)), buf[:n]); err != nil {
+			return fail(ClassVerification, "cannot read back image %s: %w", d.entry.File, err)
+		}
+		h.Write(buf[:n])
+		at += int64(n)
+		d.count.done.Add(uint64(n))
+	}
+	if !bytes.Equal(h.Sum(nil), p.Sum[:]) {
+		return fail(ClassVerification, "image %s: %w: %d bytes at %d", d.entry.File, errBlock, p.Length, p.Offset)
+	}
+	return nil
+}
+
+// verifyDigests reads the digests back. Their own end digest shows that they
+// are what was written.
+func (d *diskCopy) verifyDigests() error {
+	if err := forget(d.digests); err != nil {
+		return err
+	}
+	file := func() io.Reader { return io.NewSectionReader(d.digests, 0, 1<<62) }
+	table, err := digest.NewReader(file(), d.spec.Size)
+	if err != nil {
+		return classify(ClassVerification, err)
+	}
+	if err := endDigests(table, d.entry.DigestRoot); err != nil {
+		return err
+	}
+	d.digestFile.Name = repository.DigestName(d.spec.Target)
+	d.digestFile.BLAKE3, d.digestFile.Size, err = sumFile(file())
+	return classify(ClassVerification, err)
+}
+
+// countingFile counts what is written to an image.
+type countingFile struct {
+	f     *os.File
+	count *counters
+}
+
+func (c countingFile) WriteAt(p []byte, off int64) (int, error) {
+	n, err := c.f.WriteAt(p, off)
+	c.count.written.Add(uint64(n))
+	return n, err
+}

@@ -1,0 +1,227 @@
+package transfer
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/repository"
+)
+
+// worker carries out one operation.
+type worker struct {
+	directory string
+	spec      *Spec
+	log       *slog.Logger
+	status    *reporter
+	result    Result
+}
+
+// Run carries out the operation of a job directory and writes its result there,
+// whatever happens. A context that ends with ErrCancelled as its cause cancels.
+// The error is the one in the result, or that of writing it.
+func Run(ctx context.Context, directory string, log *slog.Logger) error {
+	w := &worker{directory: directory, log: log, status: newReporter(directory)}
+	var err error
+	w.spec, err = ReadSpec(directory)
+	if err == nil {
+		err = guarded(func() error { return w.run(ctx) })()
+	}
+	w.result.Version = SpecVersion
+	w.result.Disks = w.status.snapshot()
+	if w.result.Error = failure(ctx, err); w.result.Error != nil {
+		log.Error("operation failed", "class", w.result.Error.Class, "error", err)
+		err = w.result.Error
+	}
+	return errors.Join(err, writeJSON(filepath.Join(directory, ResultFile), w.result))
+}
+
+func (w *worker) run(ctx context.Context) error {
+	w.log = w.log.With("job", w.spec.Job, "operation", w.spec.Operation)
+	if err := w.status.enter(PhaseOpening); err != nil {
+		return err
+	}
+	reporting, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var wait sync.WaitGroup
+	wait.Go(func() { w.status.run(reporting) })
+	defer wait.Wait()
+	defer stop()
+	operation, known := map[Operation]func(context.Context) error{
+		OperationInit:    w.init,
+		OperationProbe:   w.probe,
+		OperationList:    w.list,
+		OperationBackup:  w.backup,
+		OperationRestore: w.restore,
+		OperationVerify:  w.verify,
+		OperationDelete:  w.delete,
+		OperationDiscard: w.discard,
+	}[w.spec.Operation]
+	if !known {
+		return fail(ClassInternal, "the operation %q is not known", w.spec.Operation)
+	}
+	return operation(ctx)
+}
+
+// key reads the host's manifest key.
+func (w *worker) key() ([]byte, error) {
+	b, err := os.ReadFile(w.spec.Repository.KeyFile)
+	if err != nil {
+		return nil, fail(ClassInternal, "cannot read the host's manifest key: %w", err)
+	}
+	key, err := hex.DecodeString(strings.TrimSpace(string(b)))
+	if err != nil || len(key) != 32 {
+		return nil, fail(ClassInternal, "the host's manifest key %s is not one of 64 hex digits", w.spec.Repository.KeyFile)
+	}
+	return key, nil
+}
+
+// open opens the repository and makes sure that it is the one that is meant:
+// an unmounted share leaves a directory that may hold another.
+func (w *worker) open() (*repository.Repository, error) {
+	key, err := w.key()
+	if err != nil {
+		return nil, err
+	}
+	r, err := repository.Open(w.spec.Repository.Path, key)
+	if err != nil {
+		return nil, inRepository(err)
+	}
+	if want := w.spec.Repository.ID; want != "" && want != r.ID() {
+		r.Close()
+		return nil, fail(ClassRepository, "%s holds the repository %s and not %q (%s)",
+			w.spec.Repository.Path, r.ID(), w.spec.Repository.Name, want)
+	}
+	return r, nil
+}
+
+func (w *worker) init(ctx context.Context) error {
+	if _, err := repository.Init(ctx, w.spec.Repository.Path); err != nil {
+		return inRepository(err)
+	}
+	return w.probe(ctx)
+}
+
+// probe says what repository is there, and clears up after dead jobs if asked.
+func (w *worker) probe(ctx context.Context) error {
+	r, err := w.open()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	state := &RepositoryState{ID: r.ID(), Host: r.Host()}
+	if state.ReadOnly, err = r.ReadOnly(); err != nil {
+		return inRepository(err)
+	}
+	if w.spec.Collect && !state.ReadOnly {
+		live := map[string]bool{}
+		for _, backup := range w.spec.Live {
+			live[backup] = true
+		}
+		if err := r.Collect(ctx, func(backup string) bool { return live[backup] }); err != nil {
+			return inRepository(err)
+		}
+	}
+	if state.Free, state.Total, err = r.Space(); err != nil {
+		return inRepository(err)
+	}
+	w.result.Repository = state
+	return nil
+}
+
+// list reads all manifests, and gives a verdict on each.
+func (w *worker) list(ctx context.Context) error {
+	r, err := w.open()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	domains := []string{w.spec.Domain}
+	if w.spec.Domain == "" {
+		if domains, err = r.Domains(); err != nil {
+			return inRepository(err)
+		}
+	}
+	for _, domain := range domains {
+		backups, err := r.Backups(domain)
+		if err != nil {
+			return inRepository(err)
+		}
+		for _, backup := range backups {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			w.result.Backups = append(w.result.Backups, w.look(ctx, r, domain, backup))
+		}
+	}
+	return nil
+}
+
+func (w *worker) look(ctx context.Context, r *repository.Repository, domain, backup string) BackupState {
+	state := BackupState{Domain: domain, Backup: backup}
+	var err error
+	if state.Manifest, err = r.Manifest(domain, backup); err == nil {
+		err = r.Check(state.Manifest)
+	}
+	state.Error = failure(ctx, inRepository(err))
+	return state
+}
+
+// delete removes backups, an increment before what it stands on. Ids ascend
+// with time, so the newest goes first.
+func (w *worker) delete(ctx context.Context) error {
+	r, err := w.open()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	if len(w.spec.Backups) == 0 {
+		return fail(ClassInternal, "no backup to delete is named")
+	}
+	if err := w.status.enter(PhaseDeleting); err != nil {
+		return err
+	}
+	newestFirst := slices.Sorted(slices.Values(w.spec.Backups))
+	slices.Reverse(newestFirst)
+	claim, err := r.Claim(w.spec.Domain, newestFirst[0])
+	if err != nil {
+		return inRepository(err)
+	}
+	defer w.release(claim)
+	for _, backup := range newestFirst {
+		err := r.Delete(ctx, claim, w.spec.Domain, backup)
+		// One that is not there may have gone in a run of this job that died.
+		if err != nil && !errors.Is(err, repository.ErrNoBackup) {
+			return inRepository(err)
+		}
+		w.result.Deleted = append(w.result.Deleted, backup)
+	}
+	return nil
+}
+
+func (w *worker) release(claim *repository.Claim) {
+	if err := claim.Release(); err != nil {
+		w.log.Warn("cannot give back the claim on the domain's backups; it goes stale by itself", "error", err)
+	}
+}
+
+// discard removes what a job left that died before it committed.
+func (w *worker) discard(context.Context) error {
+	r, err := w.open()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	for _, backup := range w.spec.Backups {
+		if err := r.Discard(w.spec.Domain, backup); err != nil {
+			return inRepository(fmt.Errorf("cannot discard what is left of backup %s: %w", backup, err))
+		}
+	}
+	return nil
+}

@@ -51,7 +51,7 @@ deps: ## install what building and testing need (Debian, Ubuntu; names it for Fe
 
 lint-deps: $(GOLANGCI_LINT)
 $(GOLANGCI_LINT):
-	GOFLAGS= GOBIN=$(CURDIR)/.cache/bin $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT_VERSION) </dev/null
+	GOFLAGS= GOBIN="$(CURDIR)/.cache/bin" $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT_VERSION) </dev/null
 
 build: $(addprefix build-,$(BUILT)) ## build the programs into bin/
 build-%:

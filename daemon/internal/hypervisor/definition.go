@@ -218,7 +218,7 @@ func (h *Hypervisor) Define(ctx context.Context, definition string) (uuid string
 				return "", err
 			}
 		}
-		d, err := c.DomainDefineXMLFlags(definition, libvirt.DOMAIN_DEFINE_VALIDATE)
+		d, err := c.DomainDefineXML(definition)
 		if err != nil {
 			return "", err
 		}

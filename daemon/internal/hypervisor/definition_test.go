@@ -111,7 +111,7 @@ func TestNewDefinitionKeepsTheMachine(t *testing.T) {
 	for _, k := range d.Devices.Disks {
 		disks = append(disks, k.Target.Dev+" "+k.Device+" "+k.Driver.Type+" "+path(k.Source))
 	}
-	if diff := cmp.Diff([]string{"vda disk qcow2 /srv/images/a <b>&'\".qcow2", "vdb disk raw /dev/vg/lv", "sdb cdrom  "}, disks); diff != "" {
+	if diff := cmp.Diff([]string{"vda disk qcow2 /srv/images/a <b>&'\".qcow2", "vdb disk raw /dev/vg/lv", "sdb cdrom raw "}, disks); diff != "" {
 		t.Error(diff)
 	}
 	if k := d.Devices.Disks[0]; k.Driver.Cache != "none" || k.Driver.Discard != "unmap" || k.Serial != "ab/cd" || k.Address.PCI == nil || *k.Address.PCI.Bus != 4 {

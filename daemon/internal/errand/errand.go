@@ -1,0 +1,40 @@
+// Package errand sends workers to repositories on behalf of jobs: what every
+// kind of job needs besides its own plan.
+package errand
+
+import (
+	"context"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/failure"
+	"github.com/virtbackup/virtbackup/daemon/internal/job"
+	"github.com/virtbackup/virtbackup/daemon/internal/repository"
+	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
+	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
+	"github.com/virtbackup/virtbackup/systemd/jobunit"
+)
+
+// Sender sends workers.
+type Sender struct {
+	Supervisor *supervise.Supervisor
+	Limits     func() jobunit.Limits // of one worker, as configured now
+	KeyFile    string                // of the host's manifest key
+}
+
+// Repository says to a worker where a repository is.
+func (s Sender) Repository(r catalog.Repository) transfer.RepositorySpec {
+	return transfer.RepositorySpec{
+		Path: r.Path, ID: repository.ID(r.Identity), Name: r.Name, KeyFile: s.KeyFile, MinimumFree: r.MinimumFree,
+	}
+}
+
+// Run has a worker do the whole of spec for a job, tells its progress and names
+// its errors. A worker that a daemon before this one started is taken up.
+func (s Sender) Run(ctx context.Context, h *job.Handle, r catalog.Repository, spec transfer.Spec) (*transfer.Result, error) {
+	spec.Job = h.Job().ID
+	spec.Repository = s.Repository(r)
+	result, err := s.Supervisor.Run(ctx, spec, s.Limits(), func(st transfer.Status) {
+		h.Progress(st.Phase, st.Done, st.Total)
+	})
+	return result, failure.Worker(ctx, r.Name, err)
+}

@@ -1,0 +1,66 @@
+// Package removal is the job that deletes backups from a repository.
+package removal
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/errand"
+	"github.com/virtbackup/virtbackup/daemon/internal/failure"
+	"github.com/virtbackup/virtbackup/daemon/internal/job"
+	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
+)
+
+// Request asks to delete backups of the job's domain, in this order: what
+// builds on a backup goes before it.
+type Request struct {
+	Backups []string `json:"backups"`
+}
+
+// Delete is the kind of job that does it. What it began it does not take back:
+// a backup that is partly deleted is no backup.
+type Delete struct {
+	Catalog *catalog.Catalog
+	Errand  errand.Sender
+}
+
+const stepDeleting = "deleting"
+
+// Run records the intent, has a worker delete, and forgets what is gone.
+func (k Delete) Run(ctx context.Context, h *job.Handle) error {
+	var r Request
+	if err := json.Unmarshal(h.Job().Spec, &r); err != nil {
+		return fmt.Errorf("cannot read the job's request: %w", err)
+	}
+	repo, err := k.Catalog.Repository(ctx, h.Job().Repository)
+	if err != nil {
+		return failure.Named(err)
+	}
+	if h.Job().Step == "" {
+		step, err := h.NewStep(stepDeleting, nil)
+		if err != nil {
+			return err
+		}
+		if err := k.Catalog.BeginDelete(ctx, r.Backups, step); err != nil {
+			return failure.Named(err)
+		}
+	}
+	return k.delete(ctx, h, repo, r.Backups)
+}
+
+func (k Delete) delete(ctx context.Context, h *job.Handle, repo catalog.Repository, backups []string) error {
+	result, err := k.Errand.Run(ctx, h, repo, transfer.Spec{
+		Operation: transfer.OperationDelete, Domain: h.Job().Domain, Backups: backups,
+	})
+	if errors.Is(err, job.ErrDetach) || result == nil {
+		return err
+	}
+	return errors.Join(err, failure.Named(k.Catalog.DeleteBackups(context.WithoutCancel(ctx), result.Deleted)))
+}
+
+// Undo leaves what is marked as being deleted: it is not whole any more, and
+// deleting it again carries on.
+func (Delete) Undo(context.Context, *job.Handle) error { return nil }

@@ -1,0 +1,85 @@
+package verification
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/errand"
+	"github.com/virtbackup/virtbackup/daemon/internal/failure"
+	"github.com/virtbackup/virtbackup/daemon/internal/job"
+	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+// CheckRequest asks to look at the job's repository.
+type CheckRequest struct {
+	New      bool `json:"new"`      // it was just added: make it, and forget it if that fails
+	Existing bool `json:"existing"` // refuse to make one that is not there yet
+}
+
+// Check is the kind of job that looks at a repository, and makes a new one.
+type Check struct {
+	Catalog *catalog.Catalog
+	Errand  errand.Sender
+}
+
+// Run has a worker look at the repository and records what it found.
+func (k Check) Run(ctx context.Context, h *job.Handle) error {
+	var r CheckRequest
+	if err := json.Unmarshal(h.Job().Spec, &r); err != nil {
+		return fmt.Errorf("cannot read the job's request: %w", err)
+	}
+	repo, err := k.Catalog.Repository(ctx, h.Job().Repository)
+	if err != nil {
+		return failure.Named(err)
+	}
+	operation := transfer.OperationProbe
+	if r.New && !r.Existing {
+		operation = transfer.OperationInit
+	}
+	result, err := k.Errand.Run(ctx, h, repo, transfer.Spec{Operation: operation})
+	if errors.Is(err, job.ErrDetach) {
+		return err
+	}
+	return errors.Join(err, k.record(context.WithoutCancel(ctx), repo, result, err))
+}
+
+func (k Check) record(ctx context.Context, repo catalog.Repository, result *transfer.Result, problem error) error {
+	found := catalog.Finding{Total: repo.Total, Free: repo.Free, Checked: time.Now()}
+	switch {
+	case problem != nil:
+		found.Problem = problem.Error()
+	case result.Repository == nil:
+		return fmt.Errorf("the worker said nothing of repository %q", repo.Name)
+	default:
+		found.Identity = string(result.Repository.ID)
+		found.Total, found.Free = result.Repository.Total, result.Repository.Free
+		if result.Repository.ReadOnly {
+			found.Problem = "the file system is read-only"
+		}
+	}
+	if err := k.Catalog.FoundRepository(ctx, repo.ID, found); err != nil {
+		return err
+	}
+	if problem == nil && found.Problem != "" {
+		return failure.Errorf(dbus.ErrRepositoryUnavailable, "repository %q: %s: make it writable, then check it again", repo.Name, found.Problem)
+	}
+	return nil
+}
+
+// Undo forgets a repository that could not be added.
+func (k Check) Undo(ctx context.Context, h *job.Handle) error {
+	var r CheckRequest
+	if err := json.Unmarshal(h.Job().Spec, &r); err != nil || !r.New {
+		return err
+	}
+	err := k.Catalog.RemoveRepository(ctx, h.Job().Repository)
+	if errors.Is(err, catalog.ErrNotFound) || errors.Is(err, catalog.ErrInUse) {
+		return nil // gone already; or somebody has put it to use meanwhile
+	}
+	return err
+}

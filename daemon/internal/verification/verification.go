@@ -1,0 +1,78 @@
+// Package verification is the jobs that look and change nothing: at a
+// repository (is it there, is it ours, how much room has it), and at backups
+// (is every block what was written).
+package verification
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/errand"
+	"github.com/virtbackup/virtbackup/daemon/internal/failure"
+	"github.com/virtbackup/virtbackup/daemon/internal/job"
+	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+// Request asks to verify backups of the job's domain, and all they build on.
+type Request struct {
+	Backups []string `json:"backups"`
+}
+
+// Verify is the kind of job that reads backups back.
+type Verify struct {
+	Catalog *catalog.Catalog
+	Errand  errand.Sender
+}
+
+// Run has a worker compare every block with its digest. What it finds damaged
+// is recorded, with all that builds on it.
+func (k Verify) Run(ctx context.Context, h *job.Handle) error {
+	var r Request
+	if err := json.Unmarshal(h.Job().Spec, &r); err != nil {
+		return fmt.Errorf("cannot read the job's request: %w", err)
+	}
+	repo, err := k.Catalog.Repository(ctx, h.Job().Repository)
+	if err != nil {
+		return failure.Named(err)
+	}
+	result, err := k.Errand.Run(ctx, h, repo, transfer.Spec{
+		Operation: transfer.OperationVerify, Domain: h.Job().Domain, Backups: r.Backups,
+	})
+	if result == nil {
+		return err
+	}
+	return errors.Join(err, k.record(context.WithoutCancel(ctx), h, result.Backups))
+}
+
+func (k Verify) record(ctx context.Context, h *job.Handle, found []transfer.BackupState) error {
+	now := time.Now()
+	for _, b := range found {
+		var err error
+		switch {
+		case b.Error == nil:
+			err = k.Catalog.VerifiedBackup(ctx, b.Backup, now)
+		case damage(b.Error.Class):
+			h.Log(ctx, slog.LevelError, fmt.Sprintf("backup %s is damaged: %s", b.Backup, b.Error.Message))
+			err = k.Catalog.DamagedBackup(ctx, b.Backup, b.Error.Message)
+		}
+		if err != nil && !errors.Is(err, catalog.ErrNotFound) {
+			return failure.Errorf(dbus.ErrFailed, "cannot record what was found of backup %s: %w", b.Backup, err)
+		}
+	}
+	return nil
+}
+
+// damage tells whether a failure is about what is stored; a share that does not
+// answer says nothing about the backups in it.
+func damage(c transfer.Class) bool {
+	return c == transfer.ClassVerification || c == transfer.ClassManifest || c == transfer.ClassParent
+}
+
+// Undo has nothing to undo.
+func (Verify) Undo(context.Context, *job.Handle) error { return nil }

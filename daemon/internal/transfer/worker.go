@@ -102,7 +102,9 @@ func (w *worker) open() (*repository.Repository, error) {
 }
 
 func (w *worker) init(ctx context.Context) error {
-	if _, err := repository.Init(ctx, w.spec.Repository.Path); err != nil {
+	// One that is there already, from before a catalog was lost or of an
+	// interrupted job, is as good as a new one.
+	if _, err := repository.Init(ctx, w.spec.Repository.Path); err != nil && !errors.Is(err, repository.ErrExists) {
 		return inRepository(err)
 	}
 	return w.probe(ctx)

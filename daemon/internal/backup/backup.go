@@ -1,0 +1,232 @@
+// Package backup is the job that makes a backup of a running domain: it plans,
+// lets a worker open the repository, fixes the point in time, lets the worker
+// copy, and commits. Before each side effect a step is recorded, so that a
+// daemon that was restarted carries on with the same backup; whatever fails is
+// undone, and Reconcile clears up what could not be undone then.
+//
+//	step       recorded        then                          after a restart
+//	           -               -                             plan
+//	planned    with the plan   scratch, worker               the same again, if the disks are still the same
+//	begin      before          hold, backup-begin, go on     carry on when libvirt has the job and checkpoint; else begin
+//	copying    with the point  the worker copies, commits    follow the worker
+package backup
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/job"
+	"github.com/virtbackup/virtbackup/daemon/internal/quiesce"
+	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
+	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
+	"github.com/virtbackup/virtbackup/systemd/jobunit"
+)
+
+// KindName is the name under which the Kind is to be registered with the engine.
+const KindName = "backup"
+
+// Hypervisor is what a backup needs of libvirt.
+type Hypervisor interface {
+	Lookup(ctx context.Context, nameOrUUID string) (hypervisor.Domain, error)
+	State(ctx context.Context, uuid string) (name, reason string, err error)
+	Subscribe(ctx context.Context) <-chan hypervisor.Event
+	BeginBackup(ctx context.Context, uuid string, b hypervisor.Begin) error
+	BackupJob(ctx context.Context, uuid string) (hypervisor.BackupJob, error)
+	EndBackup(ctx context.Context, uuid string) error
+	ListOurs(ctx context.Context, uuid string) ([]string, error)
+	CheckpointDefinition(ctx context.Context, uuid, name string) (string, error)
+	CheckpointUsable(ctx context.Context, uuid, name string) (map[string]bool, error)
+	Redefine(ctx context.Context, uuid, definition string) error
+	Forget(ctx context.Context, uuid, name string) error
+	Delete(ctx context.Context, uuid, name, definition string) error
+}
+
+// Supervisor starts workers and finds them again.
+type Supervisor interface {
+	Start(ctx context.Context, spec transfer.Spec, limits jobunit.Limits) (*supervise.Worker, error)
+	Attach(ctx context.Context, job string) (*supervise.Worker, error)
+	Forget(ctx context.Context, job string) error
+	Leftovers(ctx context.Context) ([]supervise.Leftover, error)
+}
+
+// Quiescer holds guests still.
+type Quiescer interface {
+	Hold(ctx context.Context, uuid string, mode quiesce.Mode, point func(context.Context) error) (quiesce.Result, error)
+	ThawLeftover(ctx context.Context) error
+}
+
+// Catalog is what a backup remembers and is remembered by.
+type Catalog interface {
+	Repository(ctx context.Context, id string) (catalog.Repository, error)
+	LatestChain(ctx context.Context, domain, repository string) (catalog.Head, error)
+	CreateBackup(ctx context.Context, b catalog.Backup, checkpoint string, step catalog.Step) error
+	CommitBackup(ctx context.Context, id string, done catalog.Commit) error
+	FailBackup(ctx context.Context, id, message string, finished time.Time) error
+	Backup(ctx context.Context, id string) (catalog.Backup, error)
+	ListBackups(ctx context.Context, f catalog.BackupFilter, p catalog.Page) ([]catalog.Backup, error)
+	Checkpoints(ctx context.Context, domain string, states ...catalog.CheckpointState) ([]catalog.Checkpoint, error)
+	SetCheckpointXML(ctx context.Context, name, xml string) error
+	RemovedCheckpoint(ctx context.Context, name string) error
+	EndChain(ctx context.Context, id string, state chain.State, cause chain.Cause) error
+	Domains(ctx context.Context, offering string) ([]catalog.Domain, error)
+	Job(ctx context.Context, id string) (catalog.Job, error)
+	UnfinishedJobs(ctx context.Context) ([]catalog.Job, error)
+}
+
+// Settings are read anew for each backup.
+type Settings struct {
+	KeyFile            string // of the host's manifest key
+	ScratchDirectory   string
+	MinimumFree        uint64 // bytes that stay free in a repository
+	MinimumFreeScratch uint64 // bytes free below ScratchDirectory, or no backup is started
+	Limits             jobunit.Limits
+	Version            string // of this program
+}
+
+// Deps is what a Kind works with.
+type Deps struct {
+	Catalog    Catalog
+	Hypervisor Hypervisor
+	Quiescer   Quiescer
+	Supervisor Supervisor
+	Settings   func() Settings
+	Log        *slog.Logger
+}
+
+// Kind makes backups: it is registered with the job engine as KindName.
+type Kind struct {
+	Deps
+	mu     sync.Mutex
+	claims map[string]chan struct{} // by UUID: the domains that a job, or Reconcile, works on; closed when done
+}
+
+// New makes a Kind.
+func New(d Deps) *Kind { return &Kind{Deps: d, claims: map[string]chan struct{}{}} }
+
+// Request is what a backup is asked for.
+type Request struct {
+	Domain     string // UUID
+	Repository string // id
+	Offering   string // name; "" for an ad hoc backup
+	catalog.Settings
+	Isolated bool // outside of the domain's chains
+	Full     bool // starts a new chain
+}
+
+// NewJob is what to submit to the engine for a request. The backup gets its id here.
+func NewJob(r Request, uid uint32) job.Request {
+	return job.Request{Kind: KindName, Domain: r.Domain, Repository: r.Repository, Backup: ulid.Make().String(), Spec: r, UID: uid}
+}
+
+// Names of the steps.
+const (
+	stepPlanned = "planned"
+	stepBegin   = "begin"
+	stepCopying = "copying"
+)
+
+// stepData is recorded with each step.
+type stepData struct {
+	Plan  Plan
+	Point transfer.Go // of stepCopying
+}
+
+// run is one backup at work.
+type run struct {
+	*Kind
+	job *job.Handle
+	stepData
+	remembered bool // the checkpoint's definition is in the catalog
+}
+
+// load reads how far the job has come.
+func (k *Kind) load(h *job.Handle) (*run, error) {
+	r := &run{Kind: k, job: h}
+	if h.Job().Step == "" {
+		return r, nil
+	}
+	if err := json.Unmarshal(h.Job().StepData, &r.stepData); err != nil {
+		return nil, fmt.Errorf("cannot read step %q of job %s: %w", h.Job().Step, h.Job().ID, err)
+	}
+	return r, nil
+}
+
+// Run makes the backup, see job.Kind.
+func (k *Kind) Run(ctx context.Context, h *job.Handle) error {
+	release, err := k.claim(ctx, h.Job().Domain)
+	if err != nil {
+		return err
+	}
+	defer release()
+	r, err := k.load(h)
+	if err != nil {
+		return err
+	}
+	if h.Job().Step != stepCopying {
+		if err := r.start(ctx); err != nil {
+			return withName(err)
+		}
+	}
+	manifest, err := r.copy(ctx)
+	if err != nil {
+		return withName(err)
+	}
+	return r.finish(ctx, manifest)
+}
+
+// start takes the backup to the point in time.
+func (r *run) start(ctx context.Context) error {
+	var err error
+	begun := false
+	switch r.job.Job().Step {
+	case "":
+		err = r.prepare(ctx)
+	case stepBegin:
+		if begun, err = r.begun(ctx); err == nil && !begun {
+			err = r.recheck(ctx)
+		}
+	default:
+		err = r.recheck(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	if begun {
+		return r.fixed(ctx, r.crashPoint())
+	}
+	if err := r.makeScratch(ctx); err != nil {
+		return err
+	}
+	worker, err := r.Supervisor.Start(ctx, r.spec(), r.Settings().Limits)
+	if err != nil {
+		return err
+	}
+	if err := worker.Ready(ctx, r.progress); err != nil {
+		return workerError(ctx, r.Plan.Repository.Name, err)
+	}
+	return r.begin(ctx)
+}
+
+func (r *run) progress(s transfer.Status) { r.job.Progress(s.Phase, s.Done, s.Total) }
+
+// settled is a context for what must be done also when the job has been
+// cancelled meanwhile; only the daemon's going down ends it.
+func settled(ctx context.Context) (context.Context, context.CancelFunc) {
+	out, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		if cause := context.Cause(ctx); errors.Is(cause, job.ErrDetach) {
+			cancel(cause)
+		}
+	})
+	return out, func() { stop(); cancel(nil) }
+}

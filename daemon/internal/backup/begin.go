@@ -1,0 +1,115 @@
+package backup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"time"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/quiesce"
+	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+// begin fixes the point in time of all disks. The guest is held no longer than
+// libvirt takes to begin the backup: everything else is ready.
+func (r *run) begin(ctx context.Context) error {
+	if err := r.job.Step(ctx, stepBegin, r.stepData); err != nil {
+		return err
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	mode := quiesce.Mode(r.Plan.Quiesce)
+	if r.Plan.Paused {
+		mode = quiesce.None // nobody in there could answer
+	}
+	var at time.Time
+	held, err := r.Quiescer.Hold(ctx, r.Plan.Domain, mode, func(ctx context.Context) error {
+		err := r.Hypervisor.BeginBackup(ctx, r.Plan.Domain, r.Plan.begin(r.Settings().ScratchDirectory))
+		at = time.Now()
+		return err
+	})
+	switch {
+	case ctx.Err() != nil:
+		return errors.Join(context.Cause(ctx), err)
+	case errors.Is(err, quiesce.ErrHold):
+		return fmt.Errorf("cannot quiesce domain %q (%s), see to its guest agent or back it up with quiesce=none: %w", r.Plan.DomainName, mode, err)
+	case err != nil:
+		return err
+	}
+	if mode == quiesce.Agent && held.Consistency != quiesce.Filesystem {
+		r.job.Log(ctx, slog.LevelWarn, "the guest did not stay frozen until the point in time: the backup is crash consistent")
+	}
+	if !held.Thawed {
+		r.job.Log(ctx, slog.LevelError, "the guest is not known to be thawed yet: the watchdog goes on trying")
+	}
+	return r.fixed(ctx, transfer.Go{Created: at.UnixMicro(), Consistency: string(held.Consistency), Thawed: held.Thawed})
+}
+
+// begun tells whether libvirt did begin the backup before the daemon was
+// restarted. A call to libvirt takes effect as a whole, also when its caller dies.
+func (r *run) begun(ctx context.Context) (bool, error) {
+	if err := r.Quiescer.ThawLeftover(ctx); err != nil {
+		return false, err
+	}
+	active, err := r.Hypervisor.BackupJob(ctx, r.Plan.Domain)
+	if err != nil {
+		return false, err
+	}
+	names, err := r.Hypervisor.ListOurs(ctx, r.Plan.Domain)
+	if err != nil {
+		return false, err
+	}
+	made := slices.Contains(names, r.Plan.Checkpoint)
+	switch {
+	case active.Socket == r.Plan.socket() && (made || r.Plan.Checkpoint == ""):
+		return true, nil
+	case made: // its name is used up, and what has changed since is lost
+		return false, refuse(dbus.ErrFailed, "the backup of domain %q ended while virtbackupd was restarted: start it again", r.Plan.DomainName)
+	}
+	return false, nil
+}
+
+// crashPoint is the point in time that an earlier life of the daemon fixed:
+// whether the guest was held still at that moment is not known.
+func (r *run) crashPoint() transfer.Go {
+	return transfer.Go{Created: time.Now().UnixMicro(), Consistency: string(quiesce.Crash), Thawed: true}
+}
+
+// fixed records the point in time, after a look at what the domain was then:
+// from now on libvirt refuses what would change its disks.
+func (r *run) fixed(ctx context.Context, point transfer.Go) error {
+	d, err := r.Hypervisor.Lookup(ctx, r.Plan.Domain)
+	if err != nil {
+		return err
+	}
+	if err := r.Plan.unchanged(d); err != nil {
+		return err
+	}
+	r.Point = point
+	if err := r.job.Step(ctx, stepCopying, r.stepData); err != nil {
+		return err
+	}
+	r.rememberCheckpoint(ctx)
+	return nil
+}
+
+// rememberCheckpoint records the checkpoint's definition, without which it
+// cannot be the base of an increment. Not having it costs no more than that.
+func (r *run) rememberCheckpoint(ctx context.Context) {
+	if r.Plan.Checkpoint == "" || r.remembered {
+		return
+	}
+	definition, err := r.Hypervisor.CheckpointDefinition(ctx, r.Plan.Domain, r.Plan.Checkpoint)
+	if err == nil {
+		err = r.Catalog.SetCheckpointXML(ctx, r.Plan.Checkpoint, definition)
+	}
+	if err != nil && !errors.Is(err, hypervisor.ErrNoCheckpoint) {
+		r.job.Logger().Warn("cannot record the checkpoint's definition", "checkpoint", r.Plan.Checkpoint, "error", err)
+	}
+	r.remembered = err == nil
+}

@@ -1,0 +1,126 @@
+package backup
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"time"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/repository"
+)
+
+// callLimit bounds one thing asked of libvirt when nobody may wait for long any
+// more. What is not done then is done by Reconcile.
+const callLimit = 30 * time.Second
+
+// finish records a backup that is in the repository. Whatever fails besides
+// that is a warning: the backup is good.
+func (r *run) finish(ctx context.Context, m *repository.Manifest) error {
+	ctx, cancel := settled(ctx)
+	defer cancel()
+	r.warn(ctx, "end the backup in libvirt", r.endBackup(ctx))
+	limited, stop := context.WithTimeout(ctx, callLimit)
+	defer stop()
+	r.rememberCheckpoint(limited)
+	raw, err := json.Marshal(m)
+	if err != nil {
+		return err
+	}
+	err = r.Catalog.CommitBackup(ctx, r.Plan.Backup, catalog.Commit{
+		Finished: time.UnixMicro(m.Finished), Consistency: m.Consistency, Manifest: raw, Images: r.Plan.images(m),
+	})
+	if err != nil {
+		return err
+	}
+	r.warn(ctx, "remove the scratch images", r.removeScratch())
+	r.warn(ctx, "remove old checkpoints", r.tidy(ctx, r.Plan.Domain))
+	r.warn(ctx, "forget the worker", r.Supervisor.Forget(ctx, r.job.Job().ID))
+	return nil
+}
+
+// images is what the catalog keeps of a backup's disks.
+func (p Plan) images(m *repository.Manifest) []catalog.Image {
+	var all []catalog.Image
+	for _, k := range p.Disks {
+		i := p.image(k)
+		if d, ok := m.Disk(k.Target); ok {
+			i.Size, i.StoredBytes, i.DataBytes = d.Size, d.StoredBytes, d.DataBytes
+		}
+		all = append(all, i)
+	}
+	return all
+}
+
+func (r *run) warn(ctx context.Context, what string, err error) {
+	if err != nil && ctx.Err() == nil {
+		r.job.Log(ctx, slog.LevelWarn, "cannot "+what+", this is tried again later: "+err.Error())
+	}
+}
+
+func (r *run) endBackup(ctx context.Context) error {
+	limited, cancel := context.WithTimeout(ctx, callLimit)
+	defer cancel()
+	err := r.Hypervisor.EndBackup(limited, r.Plan.Domain)
+	if errors.Is(err, hypervisor.ErrForeignJob) {
+		return nil // ours is gone, then
+	}
+	return err
+}
+
+// tidy leaves libvirt without any checkpoint of ours: those that are not needed
+// go with their bitmaps, of the current one only the metadata goes. Nobody may
+// work on the domain meanwhile.
+func (k *Kind) tidy(ctx context.Context, uuid string) error {
+	ctx, cancel := context.WithTimeout(ctx, callLimit)
+	defer cancel()
+	known, err := k.Catalog.Checkpoints(ctx, uuid, catalog.CheckpointPending, catalog.CheckpointCurrent, catalog.CheckpointObsolete)
+	if err != nil {
+		return err
+	}
+	var failed []error
+	keep := map[string]bool{}
+	for _, c := range known {
+		if c.State != catalog.CheckpointObsolete {
+			keep[c.Name] = true
+			continue
+		}
+		err := k.Hypervisor.Delete(ctx, uuid, c.Name, c.XML)
+		if err == nil || errors.Is(err, hypervisor.ErrNoDomain) {
+			err = k.Catalog.RemovedCheckpoint(ctx, c.Name)
+		}
+		failed = append(failed, err)
+	}
+	left, err := k.Hypervisor.ListOurs(ctx, uuid)
+	if err != nil && !errors.Is(err, hypervisor.ErrNoDomain) {
+		failed = append(failed, err)
+	}
+	for _, name := range left {
+		if keep[name] {
+			failed = append(failed, k.Hypervisor.Forget(ctx, uuid, name))
+		} else {
+			failed = append(failed, k.Hypervisor.Delete(ctx, uuid, name, ""))
+		}
+	}
+	return errors.Join(failed...)
+}
+
+// breakSnapshotted ends the chains of a domain that has internal snapshots: a
+// bitmap of ours would keep it from reverting to one.
+func (k *Kind) breakSnapshotted(ctx context.Context, d hypervisor.Domain) error {
+	if !d.HasInternalSnapshots() {
+		return nil
+	}
+	current, err := k.Catalog.Checkpoints(ctx, d.UUID, catalog.CheckpointCurrent)
+	if err != nil {
+		return err
+	}
+	var failed []error
+	for _, c := range current {
+		failed = append(failed, k.Catalog.EndChain(ctx, c.Chain, chain.Broken, chain.InternalSnapshot))
+	}
+	return errors.Join(failed...)
+}

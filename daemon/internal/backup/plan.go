@@ -1,0 +1,285 @@
+package backup
+
+import (
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+// Plan is all that is decided before anything is done. It is part of each of
+// the job's steps, so that a daemon that was restarted carries on with it.
+type Plan struct {
+	Backup     string // id
+	Domain     string // UUID
+	DomainName string
+	Repository catalog.Repository
+	Offering   string // name; "" for none
+	catalog.Settings
+	Isolated bool
+
+	Kind       chain.Kind
+	Cause      chain.Cause // why it is full; "" for an increment
+	Chain      string
+	Parent     string // "" for a full backup
+	Checkpoint string // that is made at the point in time; "" for none
+	Base       string // the checkpoint whose changes are copied; "" for none
+
+	Disks      []Disk
+	Skipped    []Skipped
+	Definition string // the domain's, as XML
+	NVRAM      string // path of the variable store; "" for none
+	Paused     bool   // somebody paused the domain
+}
+
+// Disk is one disk of a Plan.
+type Disk struct {
+	Target     string
+	Source     string // path; "" for a network disk
+	Format     string
+	Size       uint64 // bytes
+	SectorSize uint32 // bytes; 0 for the default
+	Kind       chain.Kind
+	Cause      chain.Cause // why it is full; "" for an increment
+	Tracking   chain.Tracking
+}
+
+// Skipped is a disk that the backup leaves out.
+type Skipped struct{ Target, Why string }
+
+// facts are what a Plan is made from.
+type facts struct {
+	request    Request
+	backup     string // id
+	checkpoint string // a fresh name
+	domain     hypervisor.Domain
+	repository catalog.Repository
+	last       *catalog.Head   // nil: the domain has no chain in the repository
+	bitmaps    map[string]bool // target → usable, of the last one's checkpoint
+	oldQcow2   map[string]bool // targets whose qcow2 is of version 2, which has no place for bitmaps
+}
+
+// newPlan decides what the backup is, or why there can be none.
+func newPlan(f facts) (Plan, error) {
+	p := Plan{
+		Backup: f.backup, Domain: f.domain.UUID, DomainName: f.domain.Name, Repository: f.repository,
+		Offering: f.request.Offering, Settings: f.request.Settings, Isolated: f.request.Isolated,
+		Definition: f.domain.XML, NVRAM: f.domain.Firmware.NVRAM,
+		Paused: f.domain.State != hypervisor.StateRunning,
+	}
+	if err := checkState(f.domain); err != nil {
+		return Plan{}, err
+	}
+	disks, skipped, err := selectDisks(f.domain)
+	if err != nil {
+		return Plan{}, err
+	}
+	if err := checkPlaces(f.domain.Name, disks, f.repository); err != nil {
+		return Plan{}, err
+	}
+	p.Skipped = skipped
+	v := chain.Decide(f.options(), f.now(disks), f.before())
+	p.Kind, p.Cause, p.Parent, p.Chain = v.Kind, v.Cause, v.Parent, v.Chain
+	if p.Kind == chain.Full {
+		p.Chain = p.Backup
+	}
+	if v.Checkpoint {
+		p.Checkpoint = f.checkpoint
+	}
+	for i, d := range v.Disks {
+		one := Disk{
+			Target: d.Target, Source: disks[i].Source, Format: disks[i].Format, Size: wholeSectors(disks[i].Capacity),
+			SectorSize: uint32(disks[i].LogicalBlockSize), Kind: d.Kind, Cause: d.Cause, Tracking: d.Tracking,
+		}
+		if d.Kind == chain.Incremental {
+			p.Base = d.Base
+		}
+		p.Disks = append(p.Disks, one)
+	}
+	return p, nil
+}
+
+// wholeSectors rounds up as QEMU does: its block devices have whole sectors,
+// also when the file of a raw disk has not.
+func wholeSectors(size uint64) uint64 {
+	const sector = 512
+	return (size + sector - 1) / sector * sector
+}
+
+func (f facts) options() chain.Options {
+	r := f.request
+	return chain.Options{Full: r.Full, Isolated: r.Isolated, Mode: r.Mode, Offering: r.Offering,
+		Repository: f.repository.ID, ChainSize: r.ChainSize}
+}
+
+func (f facts) now(disks []hypervisor.Disk) chain.Domain {
+	d := chain.Domain{InternalSnapshots: f.domain.HasInternalSnapshots()}
+	for _, k := range disks {
+		one := chain.Disk{Target: k.Target, Source: k.Source, Format: f.format(k), Size: wholeSectors(k.Capacity), Bitmap: chain.BitmapMissing}
+		if usable, known := f.bitmaps[k.Target]; known {
+			one.Bitmap = chain.BitmapInconsistent
+			if usable {
+				one.Bitmap = chain.BitmapValid
+			}
+		}
+		d.Disks = append(d.Disks, one)
+	}
+	return d
+}
+
+// oldQcow2Format is how the rules of chains are told of a qcow2 image that
+// cannot carry a bitmap.
+const oldQcow2Format = "qcow2 v2"
+
+func (f facts) format(k hypervisor.Disk) string {
+	if k.Format == "qcow2" && f.oldQcow2[k.Target] {
+		return oldQcow2Format
+	}
+	return k.Format
+}
+
+func (f facts) before() *chain.Last {
+	if f.last == nil {
+		return nil
+	}
+	h := f.last
+	last := &chain.Last{Chain: h.ID, State: h.State, Cause: h.Cause, Offering: h.Offering, Repository: h.Repository, Length: h.Length}
+	if h.Checkpoint != nil {
+		last.Checkpoint = h.Checkpoint.Name
+	}
+	if h.Tip == nil {
+		return last
+	}
+	last.Backup, last.BackupState = h.Tip.ID, h.Tip.State
+	for _, i := range h.Tip.Images {
+		format := f.format(hypervisor.Disk{Target: i.Target, Format: i.Format})
+		last.Disks = append(last.Disks, chain.LastDisk{Target: i.Target, Source: i.Source, Format: format, Size: i.Size, CBT: i.Tracking == chain.CBT})
+	}
+	return last
+}
+
+// checkState refuses a domain that has no QEMU to ask, or is busy with something else.
+func checkState(d hypervisor.Domain) error {
+	switch {
+	case d.State == hypervisor.StateCrashed:
+		return refuse(dbus.ErrUnsupported, "domain %q has crashed: destroy or start it, then back it up", d.Name)
+	case d.State == hypervisor.StateShutdown:
+		return refuse(dbus.ErrBusy, "domain %q is being shut down: back it up when it runs again", d.Name)
+	case !d.Active:
+		return refuse(dbus.ErrUnsupported, "domain %q is not running: start it, domains that are off cannot be backed up yet", d.Name)
+	case d.State == hypervisor.StatePaused && d.StateReason == hypervisor.ReasonIOError:
+		return refuse(dbus.ErrUnsupported, "domain %q is paused by an I/O error: mend its storage and resume it first", d.Name)
+	case d.State == hypervisor.StatePaused && slices.Contains([]string{"crashed", "api-error", "postcopy-failed"}, d.StateReason):
+		return refuse(dbus.ErrUnsupported, "domain %q is paused because of a failure (%s): destroy or resume it first", d.Name, d.StateReason)
+	case d.State == hypervisor.StatePaused && slices.Contains([]string{"migration", "save", "dump", "shutting-down", "snapshot", "starting-up", "postcopy"}, d.StateReason):
+		return refuse(dbus.ErrBusy, "domain %q is paused by another operation (%s): try again when that is done", d.Name, d.StateReason)
+	case len(d.BlockJobs) > 0:
+		return refuse(dbus.ErrBusy, "domain %q has an active block job on %s: wait for it or end it (virsh blockjob) first", d.Name, strings.Join(d.BlockJobs, ", "))
+	case d.Job:
+		return refuse(dbus.ErrBusy, "domain %q has an active job that virtbackup did not start: wait for it or end it (virsh domjobinfo, domjobabort) first", d.Name)
+	}
+	return nil
+}
+
+// selectDisks returns the disks to back up, in the order of the definition,
+// and those to leave out.
+func selectDisks(d hypervisor.Domain) (disks []hypervisor.Disk, skipped []Skipped, err error) {
+	for _, k := range d.Disks {
+		why := ""
+		switch {
+		case k.Device == "cdrom" || k.Device == "floppy":
+			why = "it is a " + k.Device
+		case k.Device != "disk":
+			why = "it is a " + k.Device + ", a device of the host"
+		case k.Transient:
+			why = "it is transient"
+		case k.ReadOnly:
+			why = "it is read-only"
+		case k.Shareable:
+			why = "it is shared with other domains"
+		case k.SourceType == "":
+			why = "it has no source"
+		}
+		if why != "" {
+			skipped = append(skipped, Skipped{k.Target, why})
+			continue
+		}
+		if err := checkDisk(d.Name, k); err != nil {
+			return nil, nil, err
+		}
+		disks = append(disks, k)
+	}
+	if len(disks) == 0 {
+		return nil, nil, refuse(dbus.ErrUnsupported, "domain %q has no disk that can be backed up%s", d.Name, reasons(skipped))
+	}
+	return disks, skipped, nil
+}
+
+func reasons(skipped []Skipped) string {
+	if len(skipped) == 0 {
+		return ""
+	}
+	var all []string
+	for _, s := range skipped {
+		all = append(all, s.Target+": "+s.Why)
+	}
+	return " (" + strings.Join(all, "; ") + ")"
+}
+
+// checkDisk refuses a disk that must not be left out and cannot be saved.
+func checkDisk(domain string, k hypervisor.Disk) error {
+	switch {
+	case k.Encrypted:
+		return refuse(dbus.ErrUnsupported, "disk %s of domain %q is encrypted: its backup would be in clear, which is not supported", k.Target, domain)
+	case k.Format != "qcow2" && k.Format != "raw":
+		return refuse(dbus.ErrUnsupported, "disk %s of domain %q has format %q: only qcow2 and raw are supported", k.Target, domain, k.Format)
+	case !slices.Contains([]string{"file", "block", "volume", "network"}, k.SourceType):
+		return refuse(dbus.ErrUnsupported, "disk %s of domain %q has a source of type %q, which is not supported", k.Target, domain, k.SourceType)
+	case k.Capacity == 0:
+		return refuse(dbus.ErrUnsupported, "disk %s of domain %q has no size that libvirt could tell: is its storage there?", k.Target, domain)
+	}
+	return nil
+}
+
+// checkPlaces refuses a repository among a domain's disks, or disks in a
+// repository: what damages one would damage the other.
+func checkPlaces(domain string, disks []hypervisor.Disk, r catalog.Repository) error {
+	for _, k := range disks {
+		if k.Source == "" {
+			continue
+		}
+		if beneath(r.Path, k.Source) {
+			return refuse(dbus.ErrInvalidArgument, "disk %s of domain %q (%s) is in repository %q: use a repository elsewhere", k.Target, domain, k.Source, r.Name)
+		}
+		directory := filepath.Dir(filepath.Clean(k.Source))
+		if k.SourceType != "block" && directory != "/" && beneath(directory, r.Path) {
+			return refuse(dbus.ErrInvalidArgument, "repository %q (%s) is in the directory of disk %s of domain %q: use a repository elsewhere", r.Name, r.Path, k.Target, domain)
+		}
+	}
+	return nil
+}
+
+// beneath tells whether path is directory or lies in it, by name.
+func beneath(directory, path string) bool {
+	directory, path = filepath.Clean(directory), filepath.Clean(path)
+	return path == directory || strings.HasPrefix(path, strings.TrimSuffix(directory, "/")+"/")
+}
+
+// unchanged says whether the domain's disks are still those of the plan.
+func (p Plan) unchanged(d hypervisor.Domain) error {
+	disks, _, err := selectDisks(d)
+	if err != nil {
+		return err
+	}
+	same := slices.EqualFunc(p.Disks, disks, func(a Disk, b hypervisor.Disk) bool {
+		return a.Target == b.Target && a.Source == b.Source && a.Format == b.Format && a.Size == wholeSectors(b.Capacity)
+	})
+	if !same {
+		return refuse(dbus.ErrBusy, "the disks of domain %q were changed while its backup was being prepared: start the backup again", p.DomainName)
+	}
+	return nil
+}

@@ -1,0 +1,199 @@
+package backup
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+)
+
+// checkpointPrefix begins the names of our checkpoints, for hypervisor.OursCheckpoint.
+const checkpointPrefix = "virtbackup-"
+
+// prepare plans the backup and records it. It changes nothing but what libvirt
+// knows of a checkpoint of ours.
+func (r *run) prepare(ctx context.Context) error {
+	f, err := r.gather(ctx)
+	if err != nil {
+		return err
+	}
+	if r.Plan, err = newPlan(f); err != nil {
+		return err
+	}
+	r.tell(ctx, f.domain)
+	step, err := r.job.NewStep(stepPlanned, r.stepData)
+	if err != nil {
+		return err
+	}
+	err = r.Catalog.CreateBackup(ctx, r.Plan.row(r.job.Job().ID, time.Now()), r.Plan.Checkpoint, step)
+	if errors.Is(err, catalog.ErrState) {
+		return fmt.Errorf("the chain of domain %q was changed at this moment, start the backup again: %w", r.Plan.DomainName, err)
+	}
+	return err
+}
+
+// gather asks libvirt and the catalog all that a plan depends on.
+func (r *run) gather(ctx context.Context) (f facts, err error) {
+	j := r.job.Job()
+	f.backup, f.checkpoint = j.Backup, checkpointPrefix+ulid.Make().String()
+	if err := json.Unmarshal(j.Spec, &f.request); err != nil {
+		return f, fmt.Errorf("cannot read what job %s is asked for: %w", j.ID, err)
+	}
+	if f.repository, err = r.Catalog.Repository(ctx, f.request.Repository); err != nil {
+		return f, err
+	}
+	if f.domain, err = r.lookup(ctx, f.request.Domain); err != nil {
+		return f, err
+	}
+	f.oldQcow2 = oldQcow2(f.domain)
+	head, err := r.Catalog.LatestChain(ctx, f.request.Domain, f.request.Repository)
+	if errors.Is(err, catalog.ErrNotFound) {
+		return f, nil
+	}
+	if err != nil {
+		return f, err
+	}
+	f.last = &head
+	if head.Checkpoint != nil && f.domain.Active {
+		f.bitmaps, err = r.bitmaps(ctx, f.domain, *head.Checkpoint)
+	}
+	return f, err
+}
+
+// lookup finds the domain, without the backup job that a dead job of ours may
+// have left: jobs of a domain run one after another, so it is nobody's.
+func (r *run) lookup(ctx context.Context, uuid string) (hypervisor.Domain, error) {
+	d, err := r.Hypervisor.Lookup(ctx, uuid)
+	if err != nil || !d.Active || !d.Job {
+		return d, err
+	}
+	active, err := r.Hypervisor.BackupJob(ctx, uuid)
+	if err != nil || !active.Ours {
+		return d, err
+	}
+	if err := r.Hypervisor.EndBackup(ctx, uuid); err != nil {
+		return d, err
+	}
+	return r.Hypervisor.Lookup(ctx, uuid)
+}
+
+// bitmaps tells which disks have a usable bitmap of the chain's checkpoint.
+// When libvirt cannot say, none has: the next images are full.
+func (r *run) bitmaps(ctx context.Context, d hypervisor.Domain, c catalog.Checkpoint) (map[string]bool, error) {
+	if c.XML == "" {
+		return nil, nil
+	}
+	var err error
+	if !slices.Contains(d.Checkpoints, c.Name) {
+		err = r.Hypervisor.Redefine(ctx, d.UUID, c.XML)
+	}
+	var usable map[string]bool
+	if err == nil {
+		usable, err = r.Hypervisor.CheckpointUsable(ctx, d.UUID, c.Name)
+	}
+	if errors.Is(err, hypervisor.ErrUnavailable) || ctx.Err() != nil {
+		return nil, err
+	}
+	if err != nil {
+		r.job.Log(ctx, slog.LevelWarn, fmt.Sprintf("the changes since the last backup are not known: %v", err))
+		return nil, nil
+	}
+	return usable, nil
+}
+
+// oldQcow2 finds the qcow2 images of version 2 by their headers (QEMU
+// docs/interop/qcow2.txt, "Header"). What cannot be read is left to QEMU.
+func oldQcow2(d hypervisor.Domain) map[string]bool {
+	old := map[string]bool{}
+	for _, k := range d.Disks {
+		if k.Format != "qcow2" || k.Source == "" {
+			continue
+		}
+		if version, err := qcow2Version(k.Source); err == nil && version < 3 {
+			old[k.Target] = true
+		}
+	}
+	return old
+}
+
+func qcow2Version(path string) (uint32, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	var header [8]byte
+	if _, err := f.ReadAt(header[:], 0); err != nil {
+		return 0, err
+	}
+	return binary.BigEndian.Uint32(header[4:]), nil
+}
+
+// tell writes into the job's log what people should know of the plan.
+func (r *run) tell(ctx context.Context, d hypervisor.Domain) {
+	p := r.Plan
+	what := string(p.Kind)
+	if p.Cause != "" {
+		what += " (" + string(p.Cause) + ")"
+	}
+	var disks []string
+	for _, k := range p.Disks {
+		one := k.Target
+		if p.Kind == chain.Incremental && k.Cause != "" {
+			one += " full (" + string(k.Cause) + ")"
+		}
+		disks = append(disks, one)
+	}
+	r.job.Log(ctx, slog.LevelInfo, fmt.Sprintf("%s backup of domain %q, disks: %s", what, p.DomainName, strings.Join(disks, ", ")))
+	for _, s := range p.Skipped {
+		r.job.Log(ctx, slog.LevelInfo, fmt.Sprintf("disk %s is left out: %s", s.Target, s.Why))
+	}
+	if p.Paused {
+		r.job.Log(ctx, slog.LevelInfo, fmt.Sprintf("the domain is %s: it cannot be quiesced, the backup is crash consistent", d.State))
+	}
+	if d.TPM {
+		r.job.Log(ctx, slog.LevelWarn, "the state of the domain's TPM is not part of the backup")
+	}
+}
+
+// recheck makes sure that a plan that was made before a restart still holds.
+func (r *run) recheck(ctx context.Context) error {
+	d, err := r.lookup(ctx, r.Plan.Domain)
+	if err != nil {
+		return err
+	}
+	if err := checkState(d); err != nil {
+		return err
+	}
+	return r.Plan.unchanged(d)
+}
+
+// row is the plan as the catalog records it.
+func (p Plan) row(job string, created time.Time) catalog.Backup {
+	b := catalog.Backup{
+		ID: p.Backup, Domain: p.Domain, DomainName: p.DomainName, Chain: p.Chain, Parent: p.Parent, Repository: p.Repository.ID,
+		Job: job, Kind: p.Kind, State: chain.Running, Cause: p.Cause, Isolated: p.Isolated, Created: created,
+		Offering: p.Offering, Settings: p.Settings,
+	}
+	for _, k := range p.Disks {
+		b.Size += k.Size
+		b.Images = append(b.Images, p.image(k))
+	}
+	return b
+}
+
+func (p Plan) image(k Disk) catalog.Image {
+	return catalog.Image{Target: k.Target, Kind: k.Kind, Tracking: k.Tracking, Cause: k.Cause, Source: k.Source, Format: k.Format, Size: k.Size}
+}

@@ -1,0 +1,214 @@
+package backup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
+)
+
+// ReconcileInterval is how often Reconcile is to be called, besides once at the
+// daemon's start, before the engine's.
+const ReconcileInterval = time.Minute
+
+// Reconcile clears up what jobs could not clear up themselves: held guests,
+// backups in libvirt, checkpoints, scratch images, sockets and workers that
+// belong to no job. It leaves alone every domain that a job works on.
+func (k *Kind) Reconcile(ctx context.Context) error {
+	return errors.Join(
+		k.Quiescer.ThawLeftover(ctx),
+		k.failAbandoned(ctx),
+		k.reconcileDomains(ctx),
+		k.removeFiles(ctx),
+		k.removeWorkers(ctx),
+	)
+}
+
+// failAbandoned ends backups that are running in the catalog alone.
+func (k *Kind) failAbandoned(ctx context.Context) error {
+	// Backups first: a job that ends after this has ended its backup too.
+	running, err := k.Catalog.ListBackups(ctx, catalog.BackupFilter{States: []chain.BackupState{chain.Running}}, catalog.Page{})
+	if err != nil {
+		return err
+	}
+	jobs, err := k.Catalog.UnfinishedJobs(ctx)
+	if err != nil {
+		return err
+	}
+	alive := map[string]bool{}
+	for _, j := range jobs {
+		alive[j.ID] = true
+	}
+	var failed []error
+	for _, b := range running {
+		if !alive[b.Job] {
+			failed = append(failed, k.Catalog.FailBackup(ctx, b.ID, "its job ended without it", time.Now()))
+		}
+	}
+	return errors.Join(failed...)
+}
+
+func (k *Kind) reconcileDomains(ctx context.Context) error {
+	domains, err := k.Catalog.Domains(ctx, "")
+	if err != nil {
+		return err
+	}
+	var failed []error
+	for _, d := range domains {
+		if ctx.Err() != nil {
+			return errors.Join(append(failed, context.Cause(ctx))...)
+		}
+		if err := k.reconcileDomain(ctx, d.UUID); err != nil {
+			failed = append(failed, fmt.Errorf("domain %q: %w", d.Name, err))
+		}
+	}
+	return errors.Join(failed...)
+}
+
+func (k *Kind) reconcileDomain(ctx context.Context, uuid string) error {
+	release, free := k.tryClaim(uuid)
+	if !free {
+		return nil
+	}
+	defer release()
+	// After the claim: no job of the domain that is not seen here gets further
+	// than asking for the claim.
+	jobs, err := k.Catalog.UnfinishedJobs(ctx)
+	if err != nil {
+		return err
+	}
+	for _, j := range jobs {
+		if j.Domain == uuid && j.State != catalog.JobQueued {
+			return nil
+		}
+	}
+	limited, cancel := context.WithTimeout(ctx, callLimit)
+	defer cancel()
+	d, err := k.Hypervisor.Lookup(limited, uuid)
+	if errors.Is(err, hypervisor.ErrNoDomain) {
+		return k.tidy(ctx, uuid)
+	}
+	if err != nil {
+		return err
+	}
+	if d.Job {
+		if job, err := k.Hypervisor.BackupJob(limited, uuid); err != nil || !job.Ours {
+			return err // somebody else's: checkpoints cannot be deleted meanwhile
+		}
+		k.Log.Warn("ending a backup in libvirt that belongs to no job", "domain", d.Name)
+		if err := k.Hypervisor.EndBackup(limited, uuid); err != nil {
+			return err
+		}
+	}
+	return errors.Join(k.breakSnapshotted(limited, d), k.tidy(ctx, uuid))
+}
+
+// removeFiles removes scratch images and sockets of backups that are not running.
+func (k *Kind) removeFiles(ctx context.Context) error {
+	scratch := k.Settings().ScratchDirectory
+	found := map[string]bool{}
+	for _, directory := range []string{scratch, hypervisor.SocketDirectory} {
+		entries, err := os.ReadDir(directory)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("cannot look for leftover files: %w", err)
+		}
+		for _, e := range entries {
+			backup := strings.TrimSuffix(e.Name(), socketSuffix)
+			if _, err := ulid.ParseStrict(backup); err == nil {
+				found[backup] = true
+			}
+		}
+	}
+	var failed []error
+	for backup := range found {
+		b, err := k.Catalog.Backup(ctx, backup)
+		switch {
+		case err != nil && !errors.Is(err, catalog.ErrNotFound):
+			failed = append(failed, err)
+		case err != nil || b.State != chain.Running:
+			failed = append(failed, removeScratch(scratch, backup))
+		}
+	}
+	return errors.Join(failed...)
+}
+
+// removeWorkers ends and forgets the workers of jobs that have ended.
+func (k *Kind) removeWorkers(ctx context.Context) error {
+	left, err := k.Supervisor.Leftovers(ctx)
+	if err != nil {
+		return err
+	}
+	var failed []error
+	for _, l := range left {
+		j, err := k.Catalog.Job(ctx, l.Job)
+		if errors.Is(err, catalog.ErrNotFound) || err == nil && !j.State.Ended() {
+			continue // not a job's, or at work
+		}
+		if err == nil {
+			err = k.removeWorker(ctx, l.Job)
+		}
+		failed = append(failed, err)
+	}
+	return errors.Join(failed...)
+}
+
+func (k *Kind) removeWorker(ctx context.Context, job string) error {
+	worker, err := k.Supervisor.Attach(ctx, job)
+	if err == nil {
+		// Its result, or that it has none, interests nobody any more.
+		if _, err := worker.Cancel(ctx); err != nil {
+			k.Log.Debug("a leftover worker ended", "job", job, "error", err)
+		}
+	} else if !errors.Is(err, supervise.ErrNoWorker) { // then only its directory is there
+		return err
+	}
+	return k.Supervisor.Forget(ctx, job)
+}
+
+// claim waits until nobody works on a domain, and keeps others from it until
+// release is called.
+func (k *Kind) claim(ctx context.Context, uuid string) (release func(), err error) {
+	for {
+		k.mu.Lock()
+		holder, held := k.claims[uuid]
+		k.mu.Unlock()
+		if !held {
+			if release, free := k.tryClaim(uuid); free {
+				return release, nil
+			}
+			continue
+		}
+		select {
+		case <-holder:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// tryClaim is claim that does not wait.
+func (k *Kind) tryClaim(uuid string) (release func(), free bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if _, held := k.claims[uuid]; held {
+		return nil, false
+	}
+	done := make(chan struct{})
+	k.claims[uuid] = done
+	return func() {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		delete(k.claims, uuid)
+		close(done)
+	}, true
+}

@@ -1,0 +1,152 @@
+package backup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+const socketSuffix = ".sock"
+
+// makeScratch makes the empty images into which QEMU saves what the guest
+// overwrites while it is copied, and the directory for its socket.
+func (r *run) makeScratch(ctx context.Context) error {
+	s := r.Settings()
+	uid, gid, err := qemuUser()
+	if err != nil {
+		return err
+	}
+	if err := makeSocketDirectory(uid, gid); err != nil {
+		return err
+	}
+	if err := r.removeScratch(); err != nil {
+		return err
+	}
+	// Others may pass through these two, and list nothing: QEMU has to come to its files.
+	const passable = 0o711
+	if err := makeDirectory(s.ScratchDirectory, passable); err != nil {
+		return err
+	}
+	if err := checkFree(s.ScratchDirectory, s.MinimumFreeScratch); err != nil {
+		return err
+	}
+	own := filepath.Join(s.ScratchDirectory, r.Plan.Backup)
+	if err := os.Mkdir(own, passable); err != nil {
+		return fmt.Errorf("cannot make a scratch directory: %w", err)
+	}
+	if err := os.Chmod(own, passable); err != nil { // the umask took bits away
+		return fmt.Errorf("cannot make a scratch directory: %w", err)
+	}
+	for _, k := range r.Plan.Disks {
+		if err := makeImage(ctx, r.Plan.scratch(s.ScratchDirectory, k.Target), k.Size, uid, gid); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// makeImage makes an empty qcow2 image for QEMU alone.
+func makeImage(ctx context.Context, path string, size uint64, uid, gid int) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err == nil {
+		err = f.Close()
+	}
+	if err != nil {
+		return fmt.Errorf("cannot make a scratch image: %w", err)
+	}
+	out, err := exec.CommandContext(ctx, "qemu-img", "create", "-q", "-f", "qcow2", path, strconv.FormatUint(size, 10)).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("cannot make the scratch image %s: qemu-img: %w: %s", path, err, strings.TrimSpace(string(out)))
+	}
+	if err := os.Chown(path, uid, gid); err != nil {
+		return fmt.Errorf("cannot give a scratch image to QEMU: %w", err)
+	}
+	return nil
+}
+
+// removeScratch removes the scratch images and the socket, if there are any.
+func (r *run) removeScratch() error {
+	return removeScratch(r.Settings().ScratchDirectory, r.Plan.Backup)
+}
+
+func removeScratch(directory, backup string) error {
+	err := os.RemoveAll(filepath.Join(directory, backup))
+	socket := os.Remove(filepath.Join(hypervisor.SocketDirectory, backup+socketSuffix))
+	if errors.Is(socket, fs.ErrNotExist) {
+		socket = nil
+	}
+	if err := errors.Join(err, socket); err != nil {
+		return fmt.Errorf("cannot remove the scratch images of backup %s: %w", backup, err)
+	}
+	return nil
+}
+
+// makeSocketDirectory makes the directory in which QEMU binds its sockets.
+func makeSocketDirectory(uid, gid int) error {
+	const parent = 0o711
+	if err := makeDirectory(filepath.Dir(hypervisor.SocketDirectory), parent); err != nil {
+		return err
+	}
+	if err := makeDirectory(hypervisor.SocketDirectory, 0o700); err != nil {
+		return err
+	}
+	if err := os.Chown(hypervisor.SocketDirectory, uid, gid); err != nil {
+		return fmt.Errorf("cannot give the directory of sockets to QEMU: %w", err)
+	}
+	return nil
+}
+
+// makeDirectory makes a directory with this mode, whatever the umask. One that
+// is there stays as it is.
+func makeDirectory(path string, mode fs.FileMode) error {
+	err := os.Mkdir(path, mode)
+	if errors.Is(err, fs.ErrExist) {
+		return nil
+	}
+	if err == nil {
+		err = os.Chmod(path, mode)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot make a directory: %w", err)
+	}
+	return nil
+}
+
+func checkFree(directory string, minimum uint64) error {
+	var s unix.Statfs_t
+	if err := unix.Statfs(directory, &s); err != nil {
+		return fmt.Errorf("cannot ask for the free space below %s: %w", directory, err)
+	}
+	if free := s.Bavail * uint64(s.Bsize); free < minimum {
+		return refuse(dbus.ErrLimitsExceeded, "only %d MiB are free for scratch images below %s, and limits.minimum_free_scratch is %d MiB: make space there",
+			free>>20, directory, minimum>>20)
+	}
+	return nil
+}
+
+// qemuUser is the user as which libvirt's system instance runs QEMU: on Debian
+// and its kin libvirt-qemu, elsewhere qemu.
+func qemuUser() (uid, gid int, err error) {
+	for _, name := range []string{"libvirt-qemu", "qemu"} {
+		u, err := user.Lookup(name)
+		if err != nil {
+			continue
+		}
+		uid, err1 := strconv.Atoi(u.Uid)
+		gid, err2 := strconv.Atoi(u.Gid)
+		return uid, gid, errors.Join(err1, err2)
+	}
+	return 0, 0, errors.New("cannot find the user as which QEMU runs: there is neither libvirt-qemu nor qemu")
+}

@@ -1,0 +1,115 @@
+package backup
+
+import (
+	"os"
+	"path/filepath"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/repository"
+	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
+)
+
+// Names of a backup's files besides the images.
+const (
+	definitionFile = "domain.xml"
+	nvramFile      = "nvram"
+)
+
+// exportedBitmap is what NBD calls the bitmap that libvirt exports by default
+// (QEMU docs/interop/nbd.txt).
+func exportedBitmap(target string) string { return "qemu:dirty-bitmap:backup-" + target }
+
+func (p Plan) socket() string {
+	return filepath.Join(hypervisor.SocketDirectory, p.Backup+socketSuffix)
+}
+
+// scratch is the path of a disk's scratch image.
+func (p Plan) scratch(directory, target string) string {
+	return filepath.Join(directory, p.Backup, target+".qcow2")
+}
+
+// repositorySpec tells a worker where the repository is.
+func (p Plan) repositorySpec(s Settings) transfer.RepositorySpec {
+	return transfer.RepositorySpec{
+		Path: p.Repository.Path, ID: repository.ID(p.Repository.ID), Name: p.Repository.Name,
+		KeyFile: s.KeyFile, MinimumFree: s.MinimumFree,
+	}
+}
+
+// backupSpec is what the worker is asked to copy.
+func (p Plan) backupSpec(s Settings, hostName string) *transfer.BackupSpec {
+	b := &transfer.BackupSpec{
+		Manifest: p.manifest(s, hostName), Compression: p.Compression, Level: p.Level, Threads: p.Threads,
+		Files: []transfer.FileSpec{{Name: definitionFile, Content: []byte(p.Definition)}},
+	}
+	if p.NVRAM != "" {
+		b.Files = append(b.Files, transfer.FileSpec{Name: nvramFile, Path: p.NVRAM})
+	}
+	for _, k := range p.Disks {
+		one := transfer.BackupDisk{Target: k.Target, Socket: p.socket(), Export: k.Target, Size: k.Size}
+		if k.Kind == chain.Incremental {
+			one.Bitmap = exportedBitmap(k.Target)
+		}
+		b.Disks = append(b.Disks, one)
+	}
+	return b
+}
+
+// manifest is what is known of it before the copy.
+func (p Plan) manifest(s Settings, hostName string) repository.Manifest {
+	m := repository.Manifest{
+		Format: repository.Format, Repository: repository.ID(p.Repository.ID),
+		Domain: repository.Domain{UUID: p.Domain, Name: p.DomainName},
+		Backup: p.Backup, Parent: p.Parent, Chain: p.Chain, Kind: string(p.Kind), Isolated: p.Isolated,
+		HostName: hostName, Version: s.Version, Quiesce: p.Quiesce,
+		Offering: repository.Offering{ID: p.Offering, Name: p.Offering, Compression: p.Compression, Level: p.Level},
+	}
+	for _, k := range p.Disks {
+		d := repository.Disk{
+			Target: k.Target, File: repository.ImageName(k.Target), Size: k.Size, Kind: string(k.Kind),
+			Tracking: string(k.Tracking), Format: k.Format, SectorSize: k.SectorSize, Source: k.Source,
+		}
+		if k.Tracking == chain.CBT {
+			d.Checkpoint = p.Checkpoint
+		}
+		m.Disks = append(m.Disks, d)
+	}
+	return m
+}
+
+// spec is the worker's.
+func (r *run) spec() transfer.Spec {
+	s := r.Settings()
+	host, err := os.Hostname()
+	if err != nil {
+		host = "localhost" // informative only
+	}
+	spec := r.simpleSpec(transfer.OperationBackup)
+	spec.Backup = r.Plan.backupSpec(s, host)
+	return spec
+}
+
+// simpleSpec is that of an operation on this backup which needs nothing else.
+func (r *run) simpleSpec(o transfer.Operation) transfer.Spec {
+	return transfer.Spec{
+		Job: r.job.Job().ID, Operation: o, Repository: r.Plan.repositorySpec(r.Settings()),
+		Domain: r.Plan.Domain, Backups: []string{r.Plan.Backup},
+	}
+}
+
+// begin is what libvirt is asked for.
+func (p Plan) begin(scratchDirectory string) hypervisor.Begin {
+	b := hypervisor.Begin{Socket: p.socket(), Checkpoint: p.Checkpoint}
+	for _, k := range p.Disks {
+		one := hypervisor.BeginDisk{Target: k.Target, Scratch: p.scratch(scratchDirectory, k.Target), Export: k.Target}
+		if k.Kind == chain.Incremental {
+			one.Incremental = p.Base
+		}
+		b.Disks = append(b.Disks, one)
+		if k.Tracking == chain.CBT {
+			b.CheckpointDisks = append(b.CheckpointDisks, k.Target)
+		}
+	}
+	return b
+}

@@ -61,7 +61,7 @@ func StartPolkit(t testing.TB, address, policyFile string, rules ...string) *os.
 		mount --bind "$1/rules" /etc/polkit-1/rules.d
 		exec `+polkitd+` --no-debug`, "sh", dir)
 	cmd.Env = append(os.Environ(), "DBUS_SYSTEM_BUS_ADDRESS="+address)
-	cmd.Stderr = os.Stderr
+	cmd.Stderr = t.Output()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
 	waitForName(t, address, "org.freedesktop.PolicyKit1", func() {
 		if err := cmd.Start(); err != nil {

@@ -62,7 +62,9 @@ func (m member) DecodeArguments(_ *godbus.Conn, sender string, msg *godbus.Messa
 
 // Call implements godbus.Method.
 func (m member) Call(args ...any) ([]any, error) {
-	m.server.calls.Add(1)
+	if err := m.server.enter(); err != nil {
+		return nil, err
+	}
 	defer m.server.calls.Done()
 	out, err := m.server.handle(args[0].(call))
 	if err != nil {

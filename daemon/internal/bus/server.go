@@ -43,7 +43,10 @@ type Server struct {
 	// ctx is given to the Backend; it ends with Stop.
 	ctx    context.Context
 	cancel context.CancelFunc
-	// calls are the ones being done.
+
+	mu       sync.Mutex
+	stopping bool
+	// calls are the ones being done. None is added when stopping is set.
 	calls sync.WaitGroup
 }
 
@@ -109,10 +112,25 @@ func (s *Server) introduce(ctx context.Context) error {
 // Done is closed when the connection to the bus is lost, or stopped.
 func (s *Server) Done() <-chan struct{} { return s.conn.Context().Done() }
 
+// enter counts a call that is about to be done, unless the Server is stopping.
+// Its caller is told what the bus says when nobody owns the name.
+func (s *Server) enter() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopping {
+		return dbus.Errorf(dbus.ErrNoDaemon, "virtbackupd is stopping")
+	}
+	s.calls.Add(1)
+	return nil
+}
+
 // Stop gives the name back, lets the calls that are being done finish until
 // ctx is done, sends what is left to be told, and closes the connection.
 func (s *Server) Stop(ctx context.Context) error {
 	_, err := s.conn.ReleaseName(dbus.BusName)
+	s.mu.Lock()
+	s.stopping = true
+	s.mu.Unlock()
 	finished := make(chan struct{})
 	go func() {
 		s.calls.Wait()

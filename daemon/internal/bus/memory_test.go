@@ -1,0 +1,225 @@
+package bus
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+const (
+	webUUID  = "6a1f4d5e-0c0b-4b6e-9f1e-3a0d2c9b8f77"
+	mailUUID = "00000000-0c0b-4b6e-9f1e-3a0d2c9b8f77"
+	backupID = "01JD8Q4M6Z3V5W7X9YABCDEFGH"
+	jobID    = "01JD8Q4M6Z3V5W7X9YJJJJJJJJ"
+)
+
+// memory is a Backend that keeps its objects in memory, and notes what it was
+// asked to do, and by whom.
+type memory struct {
+	mu      sync.Mutex
+	manager dbus.ManagerProperties
+	objects map[dbus.Ref]dbus.Record
+	asked   []string
+	fail    error
+}
+
+func newMemory() *memory {
+	m := &memory{objects: make(map[dbus.Ref]dbus.Record), manager: dbus.ManagerProperties{Version: "1.0", Host: "lab", LibvirtConnected: true}}
+	for _, r := range []dbus.Record{
+		dbus.RepositoryProperties{ID: "R1", Name: "nas", Type: "dir", Path: "/srv/nas", State: dbus.RepositoryReady},
+		dbus.RepositoryProperties{ID: "R2", Name: "tape", Type: "dir", Path: "/srv/tape"},
+		dbus.OfferingProperties{ID: "O1", Name: "daily", Repository: "nas", Mode: dbus.ModeIncremental, Domains: []string{webUUID}},
+		dbus.OfferingProperties{ID: "O2", Name: "weekly", Repository: "tape", Mode: dbus.ModeFull},
+		dbus.DomainProperties{UUID: webUUID, Name: "web", State: "running", Offering: "daily", Disks: []dbus.DomainDisk{{Target: "vda", Tracking: dbus.TrackingCBT}}},
+		dbus.DomainProperties{UUID: mailUUID, Name: "mail", State: "shutoff"},
+		dbus.ChainProperties{ID: "C1", DomainUUID: webUUID, DomainName: "web", Repository: "nas", Offering: "daily", State: dbus.ChainOpen},
+		dbus.JobProperties{ID: jobID, Operation: dbus.OperationBackup, State: dbus.JobRunning, DomainUUID: webUUID, DomainName: "web"},
+		dbus.BackupProperties{
+			ID: backupID, DomainUUID: webUUID, DomainName: "web", Repository: "nas", Offering: "daily", Chain: "C1", Kind: dbus.KindFull,
+			Created: time.UnixMicro(1_700_000_000_000_000), Disks: []dbus.BackupDisk{{Target: "vda", Size: 1 << 30}},
+		},
+	} {
+		m.objects[r.Ref()] = r
+	}
+	return m
+}
+
+// set puts an object in place of what has its Ref.
+func (m *memory) set(r dbus.Record) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.objects[r.Ref()] = r
+}
+
+// note notes a request, and returns how it goes.
+func (m *memory) note(c Caller, format string, args ...any) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.asked = append(m.asked, fmt.Sprintf("%d ", c.UID)+fmt.Sprintf(format, args...))
+	return m.fail
+}
+
+// failing makes requests fail.
+func (m *memory) failing(err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.fail = err
+}
+
+func (m *memory) requests() []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Clone(m.asked)
+}
+
+func (m *memory) Manager(context.Context) (dbus.ManagerProperties, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.manager, nil
+}
+
+func (m *memory) Objects(context.Context) ([]dbus.Record, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var all []dbus.Record
+	for ref, r := range m.objects {
+		if ref.Kind.Managed() {
+			all = append(all, r)
+		}
+	}
+	return all, nil
+}
+
+func (m *memory) Object(_ context.Context, ref dbus.Ref) (dbus.Record, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if r, ok := m.objects[ref]; ok {
+		return r, nil
+	}
+	return nil, dbus.Errorf(dbus.ErrNotFound, "there is no %s", ref)
+}
+
+func (m *memory) Find(_ context.Context, kind dbus.Kind, name string) (dbus.Ref, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for ref, r := range m.objects {
+		if ref.Kind == kind && (ref.ID == name || nameOf(r) == name || kind == dbus.KindBackup && strings.HasPrefix(ref.ID, name)) {
+			return ref, nil
+		}
+	}
+	return dbus.Ref{}, dbus.Errorf(dbus.ErrNotFound, "there is no %s %q", kind, name)
+}
+
+func nameOf(r dbus.Record) string {
+	switch r := r.(type) {
+	case dbus.RepositoryProperties:
+		return r.Name
+	case dbus.OfferingProperties:
+		return r.Name
+	case dbus.DomainProperties:
+		return r.Name
+	}
+	return ""
+}
+
+func (m *memory) ListBackups(_ context.Context, f dbus.BackupFilter, cursor string, limit int) ([]dbus.BackupProperties, string, error) {
+	if f.Domain != "" && f.Domain != "web" {
+		return nil, "", nil
+	}
+	// Three pages of the same backup.
+	one := m.objects[dbus.Ref{Kind: dbus.KindBackup, ID: backupID}].(dbus.BackupProperties)
+	next := map[string]string{"": "2", "2": "3"}[cursor]
+	return slices.Repeat([]dbus.BackupProperties{one}, min(2, limit)), next, nil
+}
+
+func (m *memory) ListJobs(context.Context, dbus.JobFilter, string, int) ([]dbus.JobProperties, string, error) {
+	r, err := m.Object(context.Background(), dbus.Ref{Kind: dbus.KindJob, ID: jobID})
+	return []dbus.JobProperties{r.(dbus.JobProperties)}, "", err
+}
+
+func (m *memory) EffectiveConfiguration(context.Context) ([]dbus.Setting, error) {
+	return []dbus.Setting{{Key: "jobs.max", Value: "2", Source: "default"}}, nil
+}
+
+func (m *memory) Reload(_ context.Context, c Caller) error { return m.note(c, "reload") }
+
+func (m *memory) CreateRepository(_ context.Context, c Caller, name, typ, path string, o dbus.CreateRepositoryOptions) (string, string, error) {
+	return "R9", jobID, m.note(c, "create repository %s %s %s %v", name, typ, path, o.Existing)
+}
+
+func (m *memory) CheckRepository(_ context.Context, c Caller, id string) (string, error) {
+	return jobID, m.note(c, "check %s", id)
+}
+
+func (m *memory) RemoveRepository(_ context.Context, c Caller, id string) error {
+	return m.note(c, "remove repository %s", id)
+}
+
+func (m *memory) CreateOffering(_ context.Context, c Caller, name, repository string, s dbus.Settings) (string, error) {
+	return "O9", m.note(c, "create offering %s %s %v", name, repository, s.Mode != nil)
+}
+
+func (m *memory) UpdateOffering(_ context.Context, c Caller, id string, o dbus.UpdateOfferingOptions) error {
+	return m.note(c, "update %s to %s", id, *o.Repository)
+}
+
+func (m *memory) RemoveOffering(_ context.Context, c Caller, id string) error {
+	return m.note(c, "remove offering %s", id)
+}
+
+func (m *memory) AssignDomain(_ context.Context, c Caller, uuid, offering string) error {
+	return m.note(c, "assign %s %s", uuid, offering)
+}
+
+func (m *memory) UnassignDomain(_ context.Context, c Caller, uuid string) error {
+	return m.note(c, "unassign %s", uuid)
+}
+
+func (m *memory) BackupDomain(_ context.Context, c Caller, uuid string, o dbus.BackupOptions) (string, error) {
+	return jobID, m.note(c, "back up %s offering=%q repository=%q full=%v", uuid, o.Offering, o.Repository, o.Full)
+}
+
+func (m *memory) FinishChain(_ context.Context, c Caller, uuid string) error {
+	return m.note(c, "finish %s", uuid)
+}
+
+func (m *memory) VerifyChain(_ context.Context, c Caller, id string) (string, error) {
+	return jobID, m.note(c, "verify chain %s", id)
+}
+
+func (m *memory) DeleteChain(_ context.Context, c Caller, id string, o dbus.DeleteChainOptions) ([]string, string, error) {
+	return []string{backupID}, "", m.note(c, "delete chain %s %v", id, o.DryRun)
+}
+
+func (m *memory) DeleteBackup(_ context.Context, c Caller, id string, o dbus.DeleteBackupOptions) ([]string, string, error) {
+	return []string{id}, jobID, m.note(c, "delete %s %v", id, o.WithChildren)
+}
+
+func (m *memory) VerifyBackup(_ context.Context, c Caller, id string) (string, error) {
+	return jobID, m.note(c, "verify %s", id)
+}
+
+func (m *memory) RestoreBackup(_ context.Context, c Caller, id, name string, o dbus.RestoreOptions) (string, error) {
+	return jobID, m.note(c, "restore %s as %s %v", id, name, o.Disks)
+}
+
+func (m *memory) RestoreInPlace(_ context.Context, c Caller, id string, o dbus.RestoreInPlaceOptions) (string, error) {
+	return jobID, m.note(c, "restore %s in place %v", id, o.Start)
+}
+
+func (m *memory) PlanRestore(_ context.Context, _ string, o dbus.PlanRestoreOptions) (dbus.RestorePlan, error) {
+	return dbus.RestorePlan{DomainName: o.Name, Disks: []dbus.PlanDisk{{Target: "vda", Images: []string{backupID}}}}, nil
+}
+
+func (m *memory) CancelJob(_ context.Context, c Caller, id string) error {
+	return m.note(c, "cancel %s", id)
+}
+
+func (m *memory) JobLog(_ context.Context, _ string, limit int) ([]dbus.LogMessage, error) {
+	return []dbus.LogMessage{{Level: "info", Message: fmt.Sprintf("limit %d", limit)}}, nil
+}

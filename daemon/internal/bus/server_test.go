@@ -1,0 +1,260 @@
+package bus
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"testing"
+
+	godbus "github.com/godbus/dbus/v5"
+	"github.com/google/go-cmp/cmp"
+	"github.com/virtbackup/virtbackup/dbus"
+	"github.com/virtbackup/virtbackup/dbus/bustest"
+	"github.com/virtbackup/virtbackup/policy"
+)
+
+const nobody = 65534
+
+// authorize is an Authorizer of a test.
+type authorize func(ctx context.Context, r policy.Request) error
+
+func (a authorize) Authorize(ctx context.Context, r policy.Request) error { return a(ctx, r) }
+
+func everybody(context.Context, policy.Request) error { return nil }
+
+// serve puts a Server on the bus at address, for as long as the test runs.
+func serve(t *testing.T, address string, b Backend, a Authorizer) *Server {
+	t.Helper()
+	s, err := New(Config{Address: address, Authorizer: a, Log: slog.New(slog.NewTextHandler(t.Output(), nil)), Level: new(slog.LevelVar)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Start(t.Context(), b); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if s.conn.Connected() {
+			stop(t, s)
+		}
+	})
+	return s
+}
+
+func stop(t *testing.T, s *Server) {
+	t.Helper()
+	if err := s.Stop(context.Background()); err != nil {
+		t.Error(err)
+	}
+}
+
+// polkit starts the real polkitd on the bus at address.
+func polkit(t *testing.T, address string, rules ...string) *policy.Polkit {
+	t.Helper()
+	bustest.StartPolkit(t, address, "../../../policy/org.virtbackup1.policy", rules...)
+	return policy.NewPolkit(rawClient(t, address), slog.New(slog.NewTextHandler(t.Output(), nil)))
+}
+
+func rawClient(t *testing.T, address string) *godbus.Conn {
+	t.Helper()
+	conn, err := godbus.Connect(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+func client(t *testing.T, address string) *dbus.Client {
+	t.Helper()
+	c, err := dbus.Connect(t.Context(), address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	return c
+}
+
+func TestClientReachesEveryCallOfTheBackend(t *testing.T) {
+	address, m := bustest.Start(t), newMemory()
+	serve(t, address, m, authorize(everybody))
+	c, ctx := client(t, address), t.Context()
+	mode, tape := dbus.ModeFull, "tape"
+	job := func(id string, err error) {
+		t.Helper()
+		if id != jobID || err != nil {
+			t.Errorf("job %q, %v", id, err)
+		}
+	}
+	ok := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	repository, probe, err := c.CreateRepository(ctx, "new", "dir", "/srv/new", dbus.CreateRepositoryOptions{Existing: true})
+	if repository != "R9" || probe != jobID || err != nil {
+		t.Error(repository, probe, err)
+	}
+	if id, err := c.CreateOffering(ctx, "monthly", "nas", dbus.Settings{Mode: &mode}); id != "O9" || err != nil {
+		t.Error(id, err)
+	}
+	ok(c.Reload(ctx))
+	job(c.CheckRepository(ctx, "R1"))
+	ok(c.RemoveRepository(ctx, "R1"))
+	ok(c.UpdateOffering(ctx, "O1", dbus.UpdateOfferingOptions{Repository: &tape}))
+	ok(c.RemoveOffering(ctx, "O1"))
+	ok(c.AssignDomain(ctx, webUUID, "daily"))
+	ok(c.UnassignDomain(ctx, webUUID))
+	job(c.BackupDomain(ctx, webUUID, dbus.BackupOptions{Repository: "tape", Full: true}))
+	ok(c.FinishChain(ctx, webUUID))
+	job(c.VerifyChain(ctx, "C1"))
+	if ids, id, err := c.DeleteChain(ctx, "C1", dbus.DeleteChainOptions{DryRun: true}); !slices.Equal(ids, []string{backupID}) || id != "" || err != nil {
+		t.Error(ids, id, err)
+	}
+	if ids, id, err := c.DeleteBackup(ctx, backupID, dbus.DeleteBackupOptions{WithChildren: true}); !slices.Equal(ids, []string{backupID}) || id != jobID || err != nil {
+		t.Error(ids, id, err)
+	}
+	job(c.VerifyBackup(ctx, backupID))
+	job(c.RestoreBackup(ctx, backupID, "copy", dbus.RestoreOptions{Disks: []string{"vda"}}))
+	job(c.RestoreInPlace(ctx, backupID, dbus.RestoreInPlaceOptions{Start: true}))
+	ok(c.CancelJob(ctx, jobID))
+	want := []string{
+		"create repository new dir /srv/new true", "create offering monthly nas true", "reload", "check R1",
+		"remove repository R1", "update O1 to tape", "remove offering O1", "assign " + webUUID + " daily", "unassign " + webUUID,
+		"back up " + webUUID + ` offering="" repository="tape" full=true`, "finish " + webUUID, "verify chain C1", "delete chain C1 true",
+		"delete " + backupID + " true", "verify " + backupID, "restore " + backupID + " as copy [vda]",
+		"restore " + backupID + " in place true", "cancel " + jobID,
+	}
+	for i := range want {
+		want[i] = "0 " + want[i]
+	}
+	if diff := cmp.Diff(want, m.requests()); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestClientReadsWhatTheBackendSays(t *testing.T) {
+	address, m := bustest.Start(t), newMemory()
+	serve(t, address, m, authorize(everybody))
+	c, ctx := client(t, address), t.Context()
+	manager, err := dbus.Get[dbus.ManagerProperties](ctx, c, "")
+	if err != nil || manager != m.manager {
+		t.Error(manager, err)
+	}
+	objects, err := c.Objects(ctx)
+	if err != nil || len(objects.Repositories) != 2 || len(objects.Offerings) != 2 || len(objects.Domains) != 2 || len(objects.Chains) != 1 || len(objects.Jobs) != 1 {
+		t.Errorf("%+v, %v", objects, err)
+	}
+	for _, f := range []struct {
+		find       func(context.Context, string) (string, error)
+		name, want string
+	}{
+		{c.FindRepository, "nas", "R1"}, {c.FindOffering, "daily", "O1"},
+		{c.FindDomain, "web", webUUID}, {c.FindBackup, "01JD8Q4M6Z3V5W7X9YA", backupID},
+	} {
+		if id, err := f.find(ctx, f.name); id != f.want || err != nil {
+			t.Errorf("%s: %q, %v", f.name, id, err)
+		}
+	}
+	backup, err := dbus.Get[dbus.BackupProperties](ctx, c, backupID)
+	want := m.objects[dbus.Ref{Kind: dbus.KindBackup, ID: backupID}].(dbus.BackupProperties)
+	want.Causes, want.Children = []string{}, []string{}
+	if diff := cmp.Diff(want, backup); diff != "" || err != nil {
+		t.Error(diff, err)
+	}
+	var listed int
+	for b, err := range c.Backups(ctx, dbus.BackupFilter{Domain: "web"}) {
+		if err != nil || b.ID != backupID {
+			t.Error(b, err)
+		}
+		listed++
+	}
+	if listed != 6 {
+		t.Errorf("%d backups came in 3 pages of 2", listed)
+	}
+	for j, err := range c.Jobs(ctx, dbus.JobFilter{}) {
+		if err != nil || j.ID != jobID {
+			t.Error(j, err)
+		}
+	}
+	if s, err := c.EffectiveConfiguration(ctx); err != nil || len(s) != 1 || s[0].Key != "jobs.max" {
+		t.Error(s, err)
+	}
+	if l, err := c.JobLog(ctx, jobID, 7); err != nil || len(l) != 1 || l[0].Message != "limit 7" {
+		t.Error(l, err)
+	}
+	if p, err := c.PlanRestore(ctx, backupID, dbus.PlanRestoreOptions{Name: "copy"}); err != nil || p.DomainName != "copy" || len(p.Disks) != 1 {
+		t.Error(p, err)
+	}
+}
+
+func TestErrorsKeepTheirNames(t *testing.T) {
+	address, m := bustest.Start(t), newMemory()
+	serve(t, address, m, authorize(everybody))
+	c, ctx := client(t, address), t.Context()
+	for _, name := range dbus.ErrorNames() {
+		want := dbus.Errorf(name, "because of %s", name)
+		m.failing(want)
+		err := c.Reload(ctx)
+		if !errors.Is(err, name) || err.Error() != want.Error() {
+			t.Errorf("%s became %v", name, err)
+		}
+	}
+	m.failing(errors.New("something else"))
+	if err := c.Reload(ctx); !errors.Is(err, dbus.ErrFailed) || err.Error() != "something else" {
+		t.Error(err)
+	}
+	m.failing(nil)
+	for what, err := range map[string]error{
+		"a repository that is not there": c.RemoveRepository(ctx, "R7"),
+		"an offering that is not there":  c.AssignDomain(ctx, webUUID, "hourly"),
+		"an id that is none":             c.CancelJob(ctx, "../x"),
+	} {
+		if !errors.Is(err, dbus.ErrNotFound) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if got := m.requests(); len(got) != len(dbus.ErrorNames())+1 {
+		t.Errorf("the backend was asked about what is not there: %v", got)
+	}
+}
+
+func TestMalformedCallsAreRefused(t *testing.T) {
+	address, m := bustest.Start(t), newMemory()
+	serve(t, address, m, authorize(everybody))
+	conn := rawClient(t, address)
+	domain := dbus.Ref{Kind: dbus.KindDomain, ID: webUUID}.Path()
+	type options = map[string]godbus.Variant
+	for _, c := range []struct {
+		path   godbus.ObjectPath
+		method string
+		args   []any
+		want   dbus.ErrorName
+	}{
+		{"/org/virtbackup1/nothing", "org.virtbackup1.Domain.Backup", []any{options{}}, unknownObject},
+		{"/", "org.virtbackup1.Manager.Reload", []any{options{}}, unknownObject},
+		{dbus.Root, "org.virtbackup1.Domain.Backup", []any{options{}}, unknownInterface},
+		{domain, "Backup", []any{options{}}, unknownInterface},
+		{domain, "org.virtbackup1.Domain.Explode", []any{options{}}, unknownMethod},
+		{domain, "org.virtbackup1.Domain.Backup", nil, invalidArgs},
+		{domain, "org.virtbackup1.Domain.Backup", []any{map[string]string{}}, invalidArgs},
+		{domain, "org.virtbackup1.Domain.Backup", []any{options{}, "more"}, invalidArgs},
+		{domain, "org.virtbackup1.Domain.Backup", []any{options{"fulll": godbus.MakeVariant(true)}}, dbus.ErrInvalidArgument},
+		{domain, "org.virtbackup1.Domain.Backup", []any{options{"offering": godbus.MakeVariant("daily"), "repository": godbus.MakeVariant("nas")}}, dbus.ErrInvalidArgument},
+		{dbus.Root, "org.virtbackup1.Manager.ListBackups", []any{options{}, "", uint32(1001)}, dbus.ErrInvalidArgument},
+		{domain, dbus.InterfaceProperties + ".Get", []any{"org.virtbackup1.Domain", "Colour"}, unknownProperty},
+		{domain, dbus.InterfaceProperties + ".GetAll", []any{"org.virtbackup1.Job"}, unknownInterface},
+		{domain, dbus.InterfaceProperties + ".Set", []any{"org.virtbackup1.Domain", "Name", godbus.MakeVariant("x")}, propertyReadOnly},
+		{domain, getManagedObjects, nil, unknownInterface},
+	} {
+		err := conn.Object(dbus.BusName, c.path).Call(c.method, 0, c.args...).Err
+		var remote godbus.Error
+		if !errors.As(err, &remote) || remote.Name != string(c.want) {
+			t.Errorf("%s %s%v: %v", c.path, c.method, c.args, err)
+		}
+	}
+	if got := m.requests(); len(got) > 0 {
+		t.Errorf("the backend was asked: %v", got)
+	}
+}

@@ -232,8 +232,7 @@ func TestProcessThatHangsInTheKernel(t *testing.T) {
 func frozen(t *testing.T) string {
 	t.Helper()
 	directory := t.TempDir()
-	image := filepath.Join(t.TempDir(), "image")
-	command(t, "truncate", "-s", "16M", image)
+	image := image(t)
 	command(t, "mkfs.ext4", "-q", image)
 	command(t, "mount", "-o", "loop", image, directory)
 	command(t, "fsfreeze", "-f", directory)
@@ -242,6 +241,19 @@ func frozen(t *testing.T) string {
 		command(t, "umount", "-l", directory)
 	})
 	return directory
+}
+
+// image is an empty file for a loop device, in memory.
+func image(t *testing.T) string {
+	t.Helper()
+	directory, err := os.MkdirTemp("/run", "jobunit")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(directory) })
+	path := filepath.Join(directory, "image")
+	command(t, "truncate", "-s", "16M", path)
+	return path
 }
 
 func thaw(t *testing.T, directory string) {
@@ -306,8 +318,7 @@ func TestOpenat2(t *testing.T) {
 }
 
 func TestDevice(t *testing.T) {
-	image := filepath.Join(t.TempDir(), "image")
-	command(t, "truncate", "-s", "1M", image)
+	image := image(t)
 	loop := strings.TrimSpace(command(t, "losetup", "--find", "--show", image))
 	defer command(t, "losetup", "-d", loop)
 	u := shell(t, t.TempDir(), "[ -b "+loop+" ] && echo data | dd of="+loop+" conv=notrunc status=none && blockdev --getsize64 "+loop)

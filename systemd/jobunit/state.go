@@ -39,6 +39,8 @@ func (s State) String() string {
 		return "not known to systemd (any more)"
 	case !s.Ended():
 		return s.Active
+	case s.Processes:
+		return "cannot be killed, a process hangs in the kernel"
 	case s.Signal != 0:
 		how = "killed by " + unix.SignalName(s.Signal)
 	default:
@@ -52,9 +54,6 @@ func (s State) String() string {
 		how += ", a time limit was reached (timeout)"
 	default:
 		how += " (" + s.Result + ")"
-	}
-	if s.Processes {
-		how += ", with processes left that hang in the kernel"
 	}
 	return how
 }

@@ -16,6 +16,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"log/slog"
 	"sync"
 	"time"
@@ -24,12 +25,11 @@ import (
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/errand"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
 	"github.com/virtbackup/virtbackup/daemon/internal/quiesce"
-	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
 	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
-	"github.com/virtbackup/virtbackup/systemd/jobunit"
 )
 
 // KindName is the name under which the Kind is to be registered with the engine.
@@ -49,14 +49,6 @@ type Hypervisor interface {
 	Redefine(ctx context.Context, uuid, definition string) error
 	Forget(ctx context.Context, uuid, name string) error
 	Delete(ctx context.Context, uuid, name, definition string) error
-}
-
-// Supervisor starts workers and finds them again.
-type Supervisor interface {
-	Start(ctx context.Context, spec transfer.Spec, limits jobunit.Limits) (*supervise.Worker, error)
-	Attach(ctx context.Context, job string) (*supervise.Worker, error)
-	Forget(ctx context.Context, job string) error
-	Leftovers(ctx context.Context) ([]supervise.Leftover, error)
 }
 
 // Quiescer holds guests still.
@@ -85,12 +77,8 @@ type Catalog interface {
 
 // Settings are read anew for each backup.
 type Settings struct {
-	KeyFile            string // of the host's manifest key
-	ScratchDirectory   string
-	MinimumFree        uint64 // bytes that stay free in a repository
-	MinimumFreeScratch uint64 // bytes free below ScratchDirectory, or no backup is started
-	Limits             jobunit.Limits
-	Version            string // of this program
+	ScratchDirectory   string // for scratch images, on a local disk
+	MinimumFreeScratch uint64 // bytes free there, or no backup is started
 }
 
 // Deps is what a Kind works with.
@@ -98,8 +86,9 @@ type Deps struct {
 	Catalog    Catalog
 	Hypervisor Hypervisor
 	Quiescer   Quiescer
-	Supervisor Supervisor
+	Errands    errand.Sender
 	Settings   func() Settings
+	Version    string // of this program, for manifests
 	Log        *slog.Logger
 }
 
@@ -174,12 +163,12 @@ func (k *Kind) Run(ctx context.Context, h *job.Handle) error {
 	}
 	if h.Job().Step != stepCopying {
 		if err := r.start(ctx); err != nil {
-			return withName(err)
+			return failure.Named(err)
 		}
 	}
 	manifest, err := r.copy(ctx)
 	if err != nil {
-		return withName(err)
+		return failure.Named(err)
 	}
 	return r.finish(ctx, manifest)
 }
@@ -207,12 +196,12 @@ func (r *run) start(ctx context.Context) error {
 	if err := r.makeScratch(ctx); err != nil {
 		return err
 	}
-	worker, err := r.Supervisor.Start(ctx, r.spec(), r.Settings().Limits)
+	worker, err := r.Errands.Supervisor.Start(ctx, r.spec(), r.Errands.Limits())
 	if err != nil {
 		return err
 	}
 	if err := worker.Ready(ctx, r.progress); err != nil {
-		return workerError(ctx, r.Plan.Repository.Name, err)
+		return failure.Worker(ctx, r.Plan.Repository.Name, err)
 	}
 	return r.begin(ctx)
 }

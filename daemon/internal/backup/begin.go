@@ -3,11 +3,11 @@ package backup
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"slices"
 	"time"
 
+	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/quiesce"
 	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
@@ -37,7 +37,7 @@ func (r *run) begin(ctx context.Context) error {
 	case ctx.Err() != nil:
 		return errors.Join(context.Cause(ctx), err)
 	case errors.Is(err, quiesce.ErrHold):
-		return fmt.Errorf("cannot quiesce domain %q (%s), see to its guest agent or back it up with quiesce=none: %w", r.Plan.DomainName, mode, err)
+		return failure.Errorf(dbus.ErrUnavailable, "cannot quiesce domain %q (%s), see to its guest agent or back it up with quiesce=none: %w", r.Plan.DomainName, mode, err)
 	case err != nil:
 		return err
 	}
@@ -69,7 +69,7 @@ func (r *run) begun(ctx context.Context) (bool, error) {
 	case active.Socket == r.Plan.socket() && (made || r.Plan.Checkpoint == ""):
 		return true, nil
 	case made: // its name is used up, and what has changed since is lost
-		return false, refuse(dbus.ErrFailed, "the backup of domain %q ended while virtbackupd was restarted: start it again", r.Plan.DomainName)
+		return false, failure.Errorf(dbus.ErrFailed, "the backup of domain %q ended while virtbackupd was restarted: start it again", r.Plan.DomainName)
 	}
 	return false, nil
 }

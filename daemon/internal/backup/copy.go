@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"sync"
 
+	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
@@ -16,7 +17,7 @@ import (
 // copy lets the worker copy and commit, and returns the manifest that is in the
 // repository then.
 func (r *run) copy(ctx context.Context) (*repository.Manifest, error) {
-	worker, err := r.Supervisor.Attach(ctx, r.job.Job().ID)
+	worker, err := r.Errands.Supervisor.Attach(ctx, r.job.Job().ID)
 	if errors.Is(err, supervise.ErrNoWorker) {
 		return r.lookForManifest(ctx, err)
 	}
@@ -83,7 +84,7 @@ func (r *run) follow(ctx context.Context, worker *supervise.Worker) (*transfer.R
 	case result.Error.Class == transfer.ClassSource:
 		return nil, r.sourceFailed(ctx, result.Error)
 	}
-	return nil, workerError(following, r.Plan.Repository.Name, result.Error)
+	return nil, failure.Worker(following, r.Plan.Repository.Name, result.Error)
 }
 
 // watch aborts the copy when it has made the guest stop: QEMU pauses a domain
@@ -93,7 +94,7 @@ func (r *run) watch(ctx context.Context, abort context.CancelCauseFunc) {
 	for {
 		state, reason, err := r.Hypervisor.State(ctx, r.Plan.Domain)
 		if err == nil && state == hypervisor.StatePaused && reason == hypervisor.ReasonIOError {
-			abort(refuse(dbus.ErrLimitsExceeded, "domain %q was paused by an I/O error while it was being backed up, and the backup was ended: is there space below %s?",
+			abort(failure.Errorf(dbus.ErrLimitsExceeded, "domain %q was paused by an I/O error while it was being backed up, and the backup was ended: is there space below %s?",
 				r.Plan.DomainName, r.Settings().ScratchDirectory))
 			return
 		}
@@ -115,15 +116,15 @@ func (r *run) awaitEvent(events <-chan hypervisor.Event) bool {
 }
 
 // sourceFailed says why the export went away, if the domain tells.
-func (r *run) sourceFailed(ctx context.Context, failure error) error {
+func (r *run) sourceFailed(ctx context.Context, cause error) error {
 	state, reason, err := r.Hypervisor.State(ctx, r.Plan.Domain)
 	switch {
 	case errors.Is(err, hypervisor.ErrNoDomain):
-		return refuse(dbus.ErrFailed, "domain %q ended while it was being backed up: %w", r.Plan.DomainName, failure)
+		return failure.Errorf(dbus.ErrFailed, "domain %q ended while it was being backed up: %w", r.Plan.DomainName, cause)
 	case err == nil && (state == hypervisor.StateShutoff || state == hypervisor.StateCrashed || state == hypervisor.StateShutdown):
-		return refuse(dbus.ErrFailed, "domain %q went %s (%s) while it was being backed up, start it and back it up again: %w", r.Plan.DomainName, state, reason, failure)
+		return failure.Errorf(dbus.ErrFailed, "domain %q went %s (%s) while it was being backed up, start it and back it up again: %w", r.Plan.DomainName, state, reason, cause)
 	}
-	return fmt.Errorf("cannot read the disks of domain %q: %w", r.Plan.DomainName, failure)
+	return fmt.Errorf("cannot read the disks of domain %q: %w", r.Plan.DomainName, cause)
 }
 
 // lookForManifest finds out whether a worker that is gone had committed the
@@ -139,18 +140,12 @@ func (r *run) lookForManifest(ctx context.Context, lost error) (*repository.Mani
 	return nil, lost
 }
 
-// ask runs another operation as the job's worker, whose own end is known.
+// ask has another worker do something for the job, whose own worker has ended.
 func (r *run) ask(ctx context.Context, o transfer.Operation) (*transfer.Result, error) {
-	if err := r.Supervisor.Forget(ctx, r.job.Job().ID); err != nil {
+	if err := r.Errands.Supervisor.Forget(ctx, r.job.Job().ID); err != nil {
 		return nil, err
 	}
-	worker, err := r.Supervisor.Start(ctx, r.simpleSpec(o), r.Settings().Limits)
-	if err != nil {
-		return nil, err
-	}
-	result, err := worker.Follow(ctx, func(transfer.Status) {})
-	if err == nil && result.Error != nil {
-		err = workerError(ctx, r.Plan.Repository.Name, result.Error)
-	}
-	return result, err
+	return r.Errands.Run(ctx, r.job, r.Plan.Repository, transfer.Spec{
+		Operation: o, Domain: r.Plan.Domain, Backups: []string{r.Plan.Backup},
+	})
 }

@@ -38,7 +38,7 @@ func (r *run) finish(ctx context.Context, m *repository.Manifest) error {
 	}
 	r.warn(ctx, "remove the scratch images", r.removeScratch())
 	r.warn(ctx, "remove old checkpoints", r.tidy(ctx, r.Plan.Domain))
-	r.warn(ctx, "forget the worker", r.Supervisor.Forget(ctx, r.job.Job().ID))
+	r.warn(ctx, "forget the worker", r.Errands.Supervisor.Forget(ctx, r.job.Job().ID))
 	return nil
 }
 

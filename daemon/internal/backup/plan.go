@@ -7,6 +7,7 @@ import (
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/dbus"
 )
@@ -166,21 +167,21 @@ func (f facts) before() *chain.Last {
 func checkState(d hypervisor.Domain) error {
 	switch {
 	case d.State == hypervisor.StateCrashed:
-		return refuse(dbus.ErrUnsupported, "domain %q has crashed: destroy or start it, then back it up", d.Name)
+		return failure.Errorf(dbus.ErrUnsupported, "domain %q has crashed: destroy or start it, then back it up", d.Name)
 	case d.State == hypervisor.StateShutdown:
-		return refuse(dbus.ErrBusy, "domain %q is being shut down: back it up when it runs again", d.Name)
+		return failure.Errorf(dbus.ErrBusy, "domain %q is being shut down: back it up when it runs again", d.Name)
 	case !d.Active:
-		return refuse(dbus.ErrUnsupported, "domain %q is not running: start it, domains that are off cannot be backed up yet", d.Name)
+		return failure.Errorf(dbus.ErrUnsupported, "domain %q is not running: start it, domains that are off cannot be backed up yet", d.Name)
 	case d.State == hypervisor.StatePaused && d.StateReason == hypervisor.ReasonIOError:
-		return refuse(dbus.ErrUnsupported, "domain %q is paused by an I/O error: mend its storage and resume it first", d.Name)
+		return failure.Errorf(dbus.ErrUnsupported, "domain %q is paused by an I/O error: mend its storage and resume it first", d.Name)
 	case d.State == hypervisor.StatePaused && slices.Contains([]string{"crashed", "api-error", "postcopy-failed"}, d.StateReason):
-		return refuse(dbus.ErrUnsupported, "domain %q is paused because of a failure (%s): destroy or resume it first", d.Name, d.StateReason)
+		return failure.Errorf(dbus.ErrUnsupported, "domain %q is paused because of a failure (%s): destroy or resume it first", d.Name, d.StateReason)
 	case d.State == hypervisor.StatePaused && slices.Contains([]string{"migration", "save", "dump", "shutting-down", "snapshot", "starting-up", "postcopy"}, d.StateReason):
-		return refuse(dbus.ErrBusy, "domain %q is paused by another operation (%s): try again when that is done", d.Name, d.StateReason)
+		return failure.Errorf(dbus.ErrBusy, "domain %q is paused by another operation (%s): try again when that is done", d.Name, d.StateReason)
 	case len(d.BlockJobs) > 0:
-		return refuse(dbus.ErrBusy, "domain %q has an active block job on %s: wait for it or end it (virsh blockjob) first", d.Name, strings.Join(d.BlockJobs, ", "))
+		return failure.Errorf(dbus.ErrBusy, "domain %q has an active block job on %s: wait for it or end it (virsh blockjob) first", d.Name, strings.Join(d.BlockJobs, ", "))
 	case d.Job:
-		return refuse(dbus.ErrBusy, "domain %q has an active job that virtbackup did not start: wait for it or end it (virsh domjobinfo, domjobabort) first", d.Name)
+		return failure.Errorf(dbus.ErrBusy, "domain %q has an active job that virtbackup did not start: wait for it or end it (virsh domjobinfo, domjobabort) first", d.Name)
 	}
 	return nil
 }
@@ -214,7 +215,7 @@ func selectDisks(d hypervisor.Domain) (disks []hypervisor.Disk, skipped []Skippe
 		disks = append(disks, k)
 	}
 	if len(disks) == 0 {
-		return nil, nil, refuse(dbus.ErrUnsupported, "domain %q has no disk that can be backed up%s", d.Name, reasons(skipped))
+		return nil, nil, failure.Errorf(dbus.ErrUnsupported, "domain %q has no disk that can be backed up%s", d.Name, reasons(skipped))
 	}
 	return disks, skipped, nil
 }
@@ -234,13 +235,13 @@ func reasons(skipped []Skipped) string {
 func checkDisk(domain string, k hypervisor.Disk) error {
 	switch {
 	case k.Encrypted:
-		return refuse(dbus.ErrUnsupported, "disk %s of domain %q is encrypted: its backup would be in clear, which is not supported", k.Target, domain)
+		return failure.Errorf(dbus.ErrUnsupported, "disk %s of domain %q is encrypted: its backup would be in clear, which is not supported", k.Target, domain)
 	case k.Format != "qcow2" && k.Format != "raw":
-		return refuse(dbus.ErrUnsupported, "disk %s of domain %q has format %q: only qcow2 and raw are supported", k.Target, domain, k.Format)
+		return failure.Errorf(dbus.ErrUnsupported, "disk %s of domain %q has format %q: only qcow2 and raw are supported", k.Target, domain, k.Format)
 	case !slices.Contains([]string{"file", "block", "volume", "network"}, k.SourceType):
-		return refuse(dbus.ErrUnsupported, "disk %s of domain %q has a source of type %q, which is not supported", k.Target, domain, k.SourceType)
+		return failure.Errorf(dbus.ErrUnsupported, "disk %s of domain %q has a source of type %q, which is not supported", k.Target, domain, k.SourceType)
 	case k.Capacity == 0:
-		return refuse(dbus.ErrUnsupported, "disk %s of domain %q has no size that libvirt could tell: is its storage there?", k.Target, domain)
+		return failure.Errorf(dbus.ErrUnsupported, "disk %s of domain %q has no size that libvirt could tell: is its storage there?", k.Target, domain)
 	}
 	return nil
 }
@@ -253,11 +254,11 @@ func checkPlaces(domain string, disks []hypervisor.Disk, r catalog.Repository) e
 			continue
 		}
 		if beneath(r.Path, k.Source) {
-			return refuse(dbus.ErrInvalidArgument, "disk %s of domain %q (%s) is in repository %q: use a repository elsewhere", k.Target, domain, k.Source, r.Name)
+			return failure.Errorf(dbus.ErrInvalidArgument, "disk %s of domain %q (%s) is in repository %q: use a repository elsewhere", k.Target, domain, k.Source, r.Name)
 		}
 		directory := filepath.Dir(filepath.Clean(k.Source))
 		if k.SourceType != "block" && directory != "/" && beneath(directory, r.Path) {
-			return refuse(dbus.ErrInvalidArgument, "repository %q (%s) is in the directory of disk %s of domain %q: use a repository elsewhere", r.Name, r.Path, k.Target, domain)
+			return failure.Errorf(dbus.ErrInvalidArgument, "repository %q (%s) is in the directory of disk %s of domain %q: use a repository elsewhere", r.Name, r.Path, k.Target, domain)
 		}
 	}
 	return nil
@@ -279,7 +280,7 @@ func (p Plan) unchanged(d hypervisor.Domain) error {
 		return a.Target == b.Target && a.Source == b.Source && a.Format == b.Format && a.Size == wholeSectors(b.Capacity)
 	})
 	if !same {
-		return refuse(dbus.ErrBusy, "the disks of domain %q were changed while its backup was being prepared: start the backup again", p.DomainName)
+		return failure.Errorf(dbus.ErrBusy, "the disks of domain %q were changed while its backup was being prepared: start the backup again", p.DomainName)
 	}
 	return nil
 }

@@ -144,7 +144,7 @@ func (k *Kind) removeFiles(ctx context.Context) error {
 
 // removeWorkers ends and forgets the workers of jobs that have ended.
 func (k *Kind) removeWorkers(ctx context.Context) error {
-	left, err := k.Supervisor.Leftovers(ctx)
+	left, err := k.Errands.Supervisor.Leftovers(ctx)
 	if err != nil {
 		return err
 	}
@@ -163,7 +163,7 @@ func (k *Kind) removeWorkers(ctx context.Context) error {
 }
 
 func (k *Kind) removeWorker(ctx context.Context, job string) error {
-	worker, err := k.Supervisor.Attach(ctx, job)
+	worker, err := k.Errands.Supervisor.Attach(ctx, job)
 	if err == nil {
 		// Its result, or that it has none, interests nobody any more.
 		if _, err := worker.Cancel(ctx); err != nil {
@@ -172,7 +172,7 @@ func (k *Kind) removeWorker(ctx context.Context, job string) error {
 	} else if !errors.Is(err, supervise.ErrNoWorker) { // then only its directory is there
 		return err
 	}
-	return k.Supervisor.Forget(ctx, job)
+	return k.Errands.Supervisor.Forget(ctx, job)
 }
 
 // claim waits until nobody works on a domain, and keeps others from it until

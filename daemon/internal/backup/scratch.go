@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/dbus"
 )
@@ -130,7 +131,7 @@ func checkFree(directory string, minimum uint64) error {
 		return fmt.Errorf("cannot ask for the free space below %s: %w", directory, err)
 	}
 	if free := s.Bavail * uint64(s.Bsize); free < minimum {
-		return refuse(dbus.ErrLimitsExceeded, "only %d MiB are free for scratch images below %s, and limits.minimum_free_scratch is %d MiB: make space there",
+		return failure.Errorf(dbus.ErrLimitsExceeded, "only %d MiB are free for scratch images below %s, and limits.minimum_free_scratch is %d MiB: make space there",
 			free>>20, directory, minimum>>20)
 	}
 	return nil

@@ -1,7 +1,6 @@
 package backup
 
 import (
-	"os"
 	"path/filepath"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
@@ -29,18 +28,10 @@ func (p Plan) scratch(directory, target string) string {
 	return filepath.Join(directory, p.Backup, target+".qcow2")
 }
 
-// repositorySpec tells a worker where the repository is.
-func (p Plan) repositorySpec(s Settings) transfer.RepositorySpec {
-	return transfer.RepositorySpec{
-		Path: p.Repository.Path, ID: repository.ID(p.Repository.ID), Name: p.Repository.Name,
-		KeyFile: s.KeyFile, MinimumFree: s.MinimumFree,
-	}
-}
-
 // backupSpec is what the worker is asked to copy.
-func (p Plan) backupSpec(s Settings, hostName string) *transfer.BackupSpec {
+func (p Plan) backupSpec(version string) *transfer.BackupSpec {
 	b := &transfer.BackupSpec{
-		Manifest: p.manifest(s, hostName), Compression: p.Compression, Level: p.Level, Threads: p.Threads,
+		Manifest: p.manifest(version), Compression: p.Compression, Level: p.Level, Threads: p.Threads,
 		Files: []transfer.FileSpec{{Name: definitionFile, Content: []byte(p.Definition)}},
 	}
 	if p.NVRAM != "" {
@@ -57,12 +48,12 @@ func (p Plan) backupSpec(s Settings, hostName string) *transfer.BackupSpec {
 }
 
 // manifest is what is known of it before the copy.
-func (p Plan) manifest(s Settings, hostName string) repository.Manifest {
+func (p Plan) manifest(version string) repository.Manifest {
 	m := repository.Manifest{
-		Format: repository.Format, Repository: repository.ID(p.Repository.ID),
+		Format: repository.Format, Repository: repository.ID(p.Repository.Identity),
 		Domain: repository.Domain{UUID: p.Domain, Name: p.DomainName},
 		Backup: p.Backup, Parent: p.Parent, Chain: p.Chain, Kind: string(p.Kind), Isolated: p.Isolated,
-		HostName: hostName, Version: s.Version, Quiesce: p.Quiesce,
+		Version: version, Quiesce: p.Quiesce,
 		Offering: repository.Offering{ID: p.Offering, Name: p.Offering, Compression: p.Compression, Level: p.Level},
 	}
 	for _, k := range p.Disks {
@@ -80,21 +71,9 @@ func (p Plan) manifest(s Settings, hostName string) repository.Manifest {
 
 // spec is the worker's.
 func (r *run) spec() transfer.Spec {
-	s := r.Settings()
-	host, err := os.Hostname()
-	if err != nil {
-		host = "localhost" // informative only
-	}
-	spec := r.simpleSpec(transfer.OperationBackup)
-	spec.Backup = r.Plan.backupSpec(s, host)
-	return spec
-}
-
-// simpleSpec is that of an operation on this backup which needs nothing else.
-func (r *run) simpleSpec(o transfer.Operation) transfer.Spec {
 	return transfer.Spec{
-		Job: r.job.Job().ID, Operation: o, Repository: r.Plan.repositorySpec(r.Settings()),
-		Domain: r.Plan.Domain, Backups: []string{r.Plan.Backup},
+		Job: r.job.Job().ID, Operation: transfer.OperationBackup, Repository: r.Errands.Repository(r.Plan.Repository),
+		Domain: r.Plan.Domain, Backup: r.Plan.backupSpec(r.Version),
 	}
 }
 

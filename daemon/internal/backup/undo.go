@@ -65,7 +65,7 @@ const (
 
 // stopWorker ends the worker, if it has not ended.
 func (r *run) stopWorker(ctx context.Context) (leftovers, error) {
-	worker, err := r.Supervisor.Attach(ctx, r.job.Job().ID)
+	worker, err := r.Errands.Supervisor.Attach(ctx, r.job.Job().ID)
 	if errors.Is(err, supervise.ErrNoWorker) {
 		if r.job.Job().Step == stepPlanned {
 			return leftNothing, nil // it was never started
@@ -99,5 +99,5 @@ func (r *run) discard(ctx context.Context, left leftovers) error {
 			return fmt.Errorf("cannot remove what is left of the backup from repository %q: %w", r.Plan.Repository.Name, err)
 		}
 	}
-	return r.Supervisor.Forget(ctx, r.job.Job().ID)
+	return r.Errands.Supervisor.Forget(ctx, r.job.Job().ID)
 }

@@ -16,8 +16,8 @@ type Backup struct {
 	ID          string
 	Domain      string // UUID
 	DomainName  string // at the time
-	Chain       string // the id of the full backup that it starts from: its own for a full one
-	Parent      string // "" for a full backup
+	Chain       string // the id of the full backup that it starts from: its own for a full one; "" for a failed increment
+	Parent      string // "" for a full backup, and a failed one
 	Repository  string // id
 	Job         string
 	Kind        chain.Kind
@@ -60,7 +60,7 @@ func (b Backup) Link() chain.Backup {
 	return link
 }
 
-const backupColumns = `id, domain, domain_name, coalesce(chain, id), coalesce(parent, ''), repository, job, kind, state, cause,
+const backupColumns = `id, domain, domain_name, coalesce(chain, iif(kind = 'full', id, '')), coalesce(parent, ''), repository, job, kind, state, cause,
 	isolated, consistency, created, finished, size, stored_bytes, data_bytes, error,
 	offering, mode, compression, level, threads, chain_size, quiesce, verified`
 
@@ -145,7 +145,7 @@ func (c *Catalog) ListBackups(ctx context.Context, f BackupFilter, p Page) (list
 	var q conditions
 	q.equal("domain", f.Domain)
 	q.equal("repository", f.Repository)
-	q.equal("coalesce(chain, id)", f.Chain)
+	q.equal("chain", f.Chain)
 	q.equal("offering", f.Offering)
 	q.equal("kind", string(f.Kind))
 	oneOf(&q, "state", f.States)
@@ -160,12 +160,12 @@ func (c *Catalog) ListBackups(ctx context.Context, f BackupFilter, p Page) (list
 }
 
 // ChainBackups returns the backups of a chain with their images, the full one
-// first. Failed ones are left out.
+// first. Failed ones are not in it.
 func (c *Catalog) ChainBackups(ctx context.Context, id string) (list []Backup, err error) {
 	err = c.read(ctx, "read backups of chain "+id, func(tx *sql.Tx) error {
 		ids, err := collect(ctx, tx, scanString, `WITH RECURSIVE line (id, depth) AS (
-			SELECT id, 0 FROM backups WHERE chain = ? AND parent IS NULL AND state <> 'failed'
-			UNION ALL SELECT b.id, depth + 1 FROM backups AS b JOIN line ON b.parent = line.id WHERE b.state <> 'failed')
+			SELECT id, 0 FROM backups WHERE chain = ? AND parent IS NULL
+			UNION ALL SELECT b.id, depth + 1 FROM backups AS b JOIN line ON b.parent = line.id)
 			SELECT id FROM line ORDER BY depth`, id)
 		if err != nil {
 			return err

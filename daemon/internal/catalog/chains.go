@@ -20,18 +20,18 @@ type Chain struct {
 	State      chain.State
 	Cause      chain.Cause // why it ended
 	Created    time.Time
-	Length     int // backups in it, failed ones not counted
+	Length     int // committed backups in it
 }
 
 // Head is a chain with what the next backup would build on.
 type Head struct {
 	Chain
-	Tip        *Backup     // its newest backup that did not fail, with images; nil if none is left
+	Tip        *Backup     // its newest committed backup, with images; nil if none is left
 	Checkpoint *Checkpoint // the current one; nil if the chain ended or no disk is tracked by one
 }
 
 const chainColumns = `id, domain, repository, offering, isolated, state, cause, created,
-	(SELECT count(*) FROM backups WHERE chain = chains.id AND state NOT IN ('failed', 'running'))`
+	(SELECT count(*) FROM backups WHERE chain = chains.id AND state <> 'running')`
 
 func scanChain(from row) (c Chain, err error) {
 	err = from.Scan(&c.ID, &c.Domain, &c.Repository, &c.Offering, &c.Isolated, &c.State, &c.Cause, timestamp{&c.Created}, &c.Length)
@@ -78,8 +78,8 @@ func (c *Catalog) LatestChain(ctx context.Context, domain, repository string) (h
 func chainTip(ctx context.Context, tx *sql.Tx, id string) (*Backup, error) {
 	// Not the highest id: the clock may have been set back.
 	var tip string
-	err := tx.QueryRowContext(ctx, `SELECT id FROM backups AS b WHERE chain = ? AND state NOT IN ('failed', 'running') AND NOT EXISTS
-		(SELECT 1 FROM backups WHERE parent = b.id AND state NOT IN ('failed', 'running'))`, id).Scan(&tip)
+	err := tx.QueryRowContext(ctx, `SELECT id FROM backups AS b WHERE chain = ? AND state <> 'running' AND NOT EXISTS
+		(SELECT 1 FROM backups WHERE parent = b.id AND state <> 'running')`, id).Scan(&tip)
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, nil
 	}

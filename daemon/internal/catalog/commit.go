@@ -55,7 +55,8 @@ func (c *Catalog) CreateBackup(ctx context.Context, b Backup, checkpoint string,
 	})
 }
 
-// mustBeTip refuses an increment on anything but the newest backup of an open chain.
+// mustBeTip refuses an increment on anything but the newest backup of an open
+// chain, and a second one while the first runs: a chain has no branches.
 func mustBeTip(ctx context.Context, tx *sql.Tx, b Backup) error {
 	var open bool
 	err := tx.QueryRowContext(ctx, "SELECT state = 'open' FROM chains WHERE id = ? AND domain = ? AND repository = ?",
@@ -72,6 +73,13 @@ func mustBeTip(ctx context.Context, tx *sql.Tx, b Backup) error {
 	}
 	if !open || tip == nil || tip.ID != b.Parent || tip.State != chain.Complete {
 		return fmt.Errorf("parent %q is not the newest backup of an open chain: %w", b.Parent, ErrState)
+	}
+	running, err := collect(ctx, tx, scanString, "SELECT id FROM backups WHERE chain = ? AND state = 'running'", b.Chain)
+	if err != nil {
+		return err
+	}
+	if len(running) > 0 {
+		return fmt.Errorf("backups %v of the chain are running: %w", running, ErrState)
 	}
 	return nil
 }
@@ -224,8 +232,7 @@ func (c *Catalog) FailBackup(ctx context.Context, id, message string, finished t
 		if err != nil {
 			return err
 		}
-		// A failed backup has no files, so nothing holds on to its parent and chain.
-		_, err = tx.ExecContext(ctx, "UPDATE backups SET state = 'failed', error = ?, finished = ? WHERE id = ?", message, toMicro(finished), id)
+		_, err = tx.ExecContext(ctx, "UPDATE backups SET state = 'failed', chain = NULL, parent = NULL, error = ?, finished = ? WHERE id = ?", message, toMicro(finished), id)
 		return err
 	})
 }

@@ -48,7 +48,7 @@ func (c *Catalog) BeginDelete(ctx context.Context, ids []string, step Step) erro
 
 func noneBuildsOnDeleting(ctx context.Context, tx *sql.Tx) error {
 	children, err := collect(ctx, tx, scanString, `SELECT child.id FROM backups AS child JOIN backups AS parent ON child.parent = parent.id
-		WHERE parent.state = 'deleting' AND child.state NOT IN ('deleting', 'failed') ORDER BY child.id`)
+		WHERE parent.state = 'deleting' AND child.state <> 'deleting' ORDER BY child.id`)
 	if err != nil {
 		return err
 	}
@@ -71,8 +71,7 @@ func (c *Catalog) DeleteBackups(ctx context.Context, ids []string) error {
 			if len(state) == 1 && state[0] != string(chain.Deleting) {
 				return fmt.Errorf("backup %s is %s: %w", id, state[0], ErrState)
 			}
-			// Failed increments that were to build on it have no other trace than their row.
-			if _, err := tx.ExecContext(ctx, "DELETE FROM backups WHERE id = ?1 OR (parent = ?1 AND state = 'failed')", id); err != nil {
+			if _, err := tx.ExecContext(ctx, "DELETE FROM backups WHERE id = ?", id); err != nil {
 				return err
 			}
 		}

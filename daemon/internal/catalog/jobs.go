@@ -56,7 +56,7 @@ type Message struct {
 }
 
 // maximumMessages bounds the lines kept of one job; the oldest go first.
-const maximumMessages = 1000
+const maximumMessages = 200
 
 const jobColumns = `id, kind, domain, repository, backup, spec, state, step, step_data, undoing, result, error_name, error_message, uid,
 	created, started, finished, phase, done, total`

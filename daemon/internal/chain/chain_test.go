@@ -241,7 +241,6 @@ func TestPlanRestoreRefusesGaps(t *testing.T) {
 
 func TestPlanDelete(t *testing.T) {
 	running := append(line(), Backup{ID: "4", Chain: "1", Parent: "3", Kind: Incremental, State: Running})
-	failed := append(line(), Backup{ID: "4", Chain: "1", Parent: "3", Kind: Incremental, State: Failed})
 	for name, c := range map[string]struct {
 		backups      []Backup
 		ids          []string
@@ -256,7 +255,6 @@ func TestPlanDelete(t *testing.T) {
 		"the same twice":      {line(), []string{"3", "3"}, false, []string{"3"}, nil},
 		"unknown":             {line(), []string{"9"}, true, nil, ErrUnknown},
 		"running child":       {running, []string{"3"}, true, nil, ErrRunning},
-		"failed child":        {failed, []string{"3"}, false, []string{"3"}, nil},
 	} {
 		got, err := PlanDelete(c.backups, c.ids, c.withChildren)
 		if !errors.Is(err, c.err) || !slices.Equal(got, c.want) {

@@ -21,7 +21,7 @@ var (
 type Backup struct {
 	ID     string
 	Chain  string
-	Parent string // "" for a full backup
+	Parent string // "" for a full backup, and a failed one
 	Kind   Kind
 	State  BackupState
 	Images []Image
@@ -42,7 +42,7 @@ func PlanDelete(backups []Backup, ids []string, withChildren bool) ([]string, er
 	known, children := map[string]Backup{}, map[string][]string{}
 	for _, b := range backups {
 		known[b.ID] = b
-		if b.Parent != "" && b.State != Failed { // a failed one has no image
+		if b.Parent != "" {
 			children[b.Parent] = append(children[b.Parent], b.ID)
 		}
 	}

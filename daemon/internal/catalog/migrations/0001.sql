@@ -53,7 +53,7 @@ CREATE TABLE backups (
 	id           TEXT PRIMARY KEY,
 	domain       TEXT NOT NULL REFERENCES domains (uuid),
 	domain_name  TEXT NOT NULL, -- at the time
-	chain        TEXT REFERENCES chains (id), -- NULL until a full backup is committed, and if it never is
+	chain        TEXT REFERENCES chains (id), -- NULL until a full backup is committed, and when one failed
 	parent       TEXT REFERENCES backups (id) DEFERRABLE INITIALLY DEFERRED,
 	repository   TEXT NOT NULL REFERENCES repositories (id) ON DELETE RESTRICT,
 	job          TEXT NOT NULL, -- jobs are forgotten before backups: no reference
@@ -77,7 +77,8 @@ CREATE TABLE backups (
 	quiesce      TEXT NOT NULL,
 	manifest     TEXT NOT NULL, -- JSON; '' until complete
 	verified     INTEGER NOT NULL DEFAULT 0,
-	CHECK ((kind = 'incremental') = (parent IS NOT NULL)),
+	-- A failed increment has no place in a chain, so that it holds on to nothing.
+	CHECK (CASE WHEN kind = 'full' OR state = 'failed' THEN parent IS NULL ELSE parent IS NOT NULL OR state = 'deleting' END),
 	CHECK (isolated = 0 OR kind = 'full')
 ) STRICT;
 CREATE INDEX backups_domain ON backups (domain, id);

@@ -42,7 +42,7 @@ func (h *Hypervisor) BeginBackup(ctx context.Context, uuid string, b Begin) erro
 	if filepath.Dir(filepath.Clean(b.Socket)) != SocketDirectory {
 		return fmt.Errorf("cannot begin a backup of domain %s: the socket %q is not in %s", uuid, b.Socket, SocketDirectory)
 	}
-	return h.onDomain(ctx, uuid, "begin a backup", func(d *libvirt.Domain) error {
+	return h.onDomain(ctx, uuid, "begin a backup of", func(d *libvirt.Domain) error {
 		if active, err := d.IsActive(); err != nil {
 			return err
 		} else if !active {
@@ -141,7 +141,7 @@ type BackupJob struct {
 
 // BackupJob returns the domain's active backup job.
 func (h *Hypervisor) BackupJob(ctx context.Context, uuid string) (BackupJob, error) {
-	return withDomain(ctx, h, uuid, "ask for the backup job", backupJob)
+	return withDomain(ctx, h, uuid, "ask for the backup job of", backupJob)
 }
 
 func backupJob(d *libvirt.Domain) (BackupJob, error) {
@@ -183,7 +183,7 @@ const endPoll = 20 * time.Millisecond
 // paused by an I/O error (its scratch was full) is resumed. The error is
 // ErrForeignJob when another's backup job is active.
 func (h *Hypervisor) EndBackup(ctx context.Context, uuid string) error {
-	_, err := withDomain(ctx, h, uuid, "end the backup", func(d *libvirt.Domain) (struct{}, error) {
+	_, err := withDomain(ctx, h, uuid, "end the backup of", func(d *libvirt.Domain) (struct{}, error) {
 		aborted := false
 		for {
 			job, err := backupJob(d)

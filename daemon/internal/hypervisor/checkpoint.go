@@ -41,7 +41,7 @@ func newCheckpoint(name string, targets, carrying []string) (string, error) {
 
 // withCheckpoint calls fn with one checkpoint that libvirt knows.
 func withCheckpoint[T any](ctx context.Context, h *Hypervisor, uuid, name, op string, fn func(*libvirt.Domain, *libvirt.DomainCheckpoint) (T, error)) (T, error) {
-	return withDomain(ctx, h, uuid, op+" "+name, func(d *libvirt.Domain) (T, error) {
+	return withDomain(ctx, h, uuid, op+" "+name+" of", func(d *libvirt.Domain) (T, error) {
 		c, err := d.CheckpointLookupByName(name, 0)
 		if err != nil {
 			var zero T
@@ -56,14 +56,14 @@ func withCheckpoint[T any](ctx context.Context, h *Hypervisor, uuid, name, op st
 // must be known to libvirt: call it right after BeginBackup.
 func (h *Hypervisor) CheckpointDefinition(ctx context.Context, uuid, name string) (string, error) {
 	return withCheckpoint(ctx, h, uuid, name, "read checkpoint", func(_ *libvirt.Domain, c *libvirt.DomainCheckpoint) (string, error) {
-		return c.GetXMLDesc(0)
+		return c.GetXMLDesc(libvirt.DOMAIN_CHECKPOINT_XML_NO_DOMAIN)
 	})
 }
 
 // Redefine tells libvirt of a checkpoint again that it had forgotten. Whether
 // its bitmaps are still there is not checked: ask CheckpointUsable.
 func (h *Hypervisor) Redefine(ctx context.Context, uuid, definition string) error {
-	return h.onDomain(ctx, uuid, "redefine a checkpoint", func(d *libvirt.Domain) error {
+	return h.onDomain(ctx, uuid, "redefine a checkpoint of", func(d *libvirt.Domain) error {
 		doc, err := orphan(definition, nil)
 		if err != nil {
 			return err
@@ -81,14 +81,15 @@ func redefine(d *libvirt.Domain, doc string) error {
 }
 
 // orphan returns a checkpoint's definition without its parent, which libvirt
-// need not know any more (each of our bitmaps records on its own). When only
-// is not nil, the bitmaps of all other disks are left out.
+// need not know any more (each of our bitmaps records on its own), and without
+// the domain's definition, which may have changed since. When only is not nil,
+// the bitmaps of all other disks are left out.
 func orphan(definition string, only []string) (string, error) {
 	var x libvirtxml.DomainCheckpoint
 	if err := x.Unmarshal(definition); err != nil {
 		return "", fmt.Errorf("cannot parse the checkpoint's definition: %w", err)
 	}
-	x.Parent = nil
+	x.Parent, x.Domain = nil, nil
 	if x.Disks != nil && only != nil {
 		for i, k := range x.Disks.Disks {
 			if !slices.Contains(only, k.Name) {
@@ -102,7 +103,7 @@ func orphan(definition string, only []string) (string, error) {
 // ListOurs returns the names of our checkpoints that libvirt knows, sorted,
 // oldest first (they carry ULIDs).
 func (h *Hypervisor) ListOurs(ctx context.Context, uuid string) ([]string, error) {
-	return withDomain(ctx, h, uuid, "list the checkpoints", func(d *libvirt.Domain) ([]string, error) {
+	return withDomain(ctx, h, uuid, "list the checkpoints of", func(d *libvirt.Domain) ([]string, error) {
 		names, err := checkpointNames(d)
 		names = slices.DeleteFunc(names, func(n string) bool { return !OursCheckpoint(n) })
 		slices.Sort(names)
@@ -133,7 +134,7 @@ func checkpointNames(d *libvirt.Domain) ([]string, error) {
 // Forget removes what libvirt knows of a checkpoint, and leaves its bitmaps in
 // the images. It is fine when libvirt knows none.
 func (h *Hypervisor) Forget(ctx context.Context, uuid, name string) error {
-	err := h.onDomain(ctx, uuid, "forget checkpoint "+name, func(d *libvirt.Domain) error { return forget(d, name) })
+	err := h.onDomain(ctx, uuid, "forget checkpoint "+name+" of", func(d *libvirt.Domain) error { return forget(d, name) })
 	if errors.Is(err, ErrNoCheckpoint) {
 		return nil
 	}
@@ -216,21 +217,17 @@ func (h *Hypervisor) Delete(ctx context.Context, uuid, name, definition string) 
 		}
 		return h.Forget(ctx, uuid, name)
 	}
-	return h.onDomain(ctx, uuid, "delete checkpoint "+name, func(d *libvirt.Domain) error {
+	return h.onDomain(ctx, uuid, "delete checkpoint "+name+" of", func(d *libvirt.Domain) error {
 		known, err := checkpointXML(d, name)
-		if errors.Is(err, ErrNoCheckpoint) {
-			if definition == "" {
-				return nil
+		switch {
+		case errors.Is(err, ErrNoCheckpoint) && definition == "":
+			return nil
+		case errors.Is(err, ErrNoCheckpoint):
+			if known, err = orphan(definition, nil); err == nil {
+				err = redefine(d, known)
 			}
-			known = definition
-			doc, err := orphan(known, nil)
-			if err != nil {
-				return err
-			}
-			if err := redefine(d, doc); err != nil {
-				return err
-			}
-		} else if err != nil {
+		}
+		if err != nil {
 			return err
 		}
 		if err := deleteCheckpoint(d, name, 0); err == nil {
@@ -246,11 +243,11 @@ func checkpointXML(d *libvirt.Domain, name string) (string, error) {
 		return "", classify(err)
 	}
 	defer func() { _ = c.Free() }()
-	return c.GetXMLDesc(0)
+	return c.GetXMLDesc(libvirt.DOMAIN_CHECKPOINT_XML_NO_DOMAIN)
 }
 
-// deleteDiskByDisk deletes the bitmaps one by one. Errors are those of disks
-// whose bitmap is there but could not be deleted.
+// deleteDiskByDisk deletes the bitmaps one by one. The errors are those that
+// do not mean that there is no bitmap to delete.
 func deleteDiskByDisk(d *libvirt.Domain, name, definition string) error {
 	var x libvirtxml.DomainCheckpoint
 	if err := x.Unmarshal(definition); err != nil {

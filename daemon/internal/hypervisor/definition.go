@@ -186,7 +186,7 @@ func (r *rebuild) filter(path string, e *element, allowed *rule) (*element, erro
 // BackupDefinition returns the definition to store with a backup, without
 // secrets: the persistent one, or the live one of a transient domain.
 func (h *Hypervisor) BackupDefinition(ctx context.Context, uuid string) (string, error) {
-	return withDomain(ctx, h, uuid, "read the definition", func(d *libvirt.Domain) (string, error) {
+	return withDomain(ctx, h, uuid, "read the definition of", func(d *libvirt.Domain) (string, error) {
 		persistent, err := d.IsPersistent()
 		if err != nil {
 			return "", err

@@ -18,6 +18,9 @@ func only(name string, values ...string) func(*rebuild, *element, *element) (boo
 	}
 }
 
+// notEmpty drops an element of which nothing was left.
+func notEmpty(_ *rebuild, _, e *element) (bool, error) { return len(e.attrs) > 0, nil }
+
 func fixDomain(r *rebuild, _, e *element) (bool, error) {
 	if t := e.attr("type"); t != "kvm" && t != "qemu" {
 		return false, fmt.Errorf("a domain of type %q is not QEMU's", t)

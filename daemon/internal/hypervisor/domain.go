@@ -349,7 +349,7 @@ func parseSnapshot(doc string) (Snapshot, error) {
 // State returns the domain's state and the reason for it.
 func (h *Hypervisor) State(ctx context.Context, uuid string) (name, reason string, err error) {
 	type pair struct{ name, reason string }
-	p, err := withDomain(ctx, h, uuid, "ask for the state", func(d *libvirt.Domain) (pair, error) {
+	p, err := withDomain(ctx, h, uuid, "ask for the state of", func(d *libvirt.Domain) (pair, error) {
 		name, reason, err := state(d)
 		return pair{name, reason}, err
 	})

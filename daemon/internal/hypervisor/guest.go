@@ -62,19 +62,19 @@ func noAgent(err error) error {
 // Freeze freezes all filesystems in the guest. When it fails or times out the
 // agent may still do it later: Thaw until FSStatus says Thawed.
 func (h *Hypervisor) Freeze(ctx context.Context, uuid string) error {
-	return h.withAgent(ctx, uuid, "freeze the filesystems", func(d *libvirt.Domain) error { return d.FSFreeze(nil, 0) })
+	return h.withAgent(ctx, uuid, "freeze the filesystems of", func(d *libvirt.Domain) error { return d.FSFreeze(nil, 0) })
 }
 
 // Thaw thaws all filesystems in the guest. A guest that is not frozen stays so.
 func (h *Hypervisor) Thaw(ctx context.Context, uuid string) error {
-	return h.withAgent(ctx, uuid, "thaw the filesystems", func(d *libvirt.Domain) error { return d.FSThaw(nil, 0) })
+	return h.withAgent(ctx, uuid, "thaw the filesystems of", func(d *libvirt.Domain) error { return d.FSThaw(nil, 0) })
 }
 
 // FSStatus asks the agent whether the filesystems are frozen. The agent works
 // off its commands in order, so the answer counts for all that came before.
 func (h *Hypervisor) FSStatus(ctx context.Context, uuid string) (FilesystemStatus, error) {
 	var status FilesystemStatus
-	err := h.withAgent(ctx, uuid, "ask for the state of the filesystems", func(d *libvirt.Domain) error {
+	err := h.withAgent(ctx, uuid, "ask for the state of the filesystems of", func(d *libvirt.Domain) error {
 		text, err := d.QemuAgentCommand(`{"execute":"guest-fsfreeze-status"}`, libvirt.DomainQemuAgentCommandTimeout(agentSeconds(ctx)), 0)
 		if err != nil {
 			return err

@@ -110,7 +110,7 @@ func withConnect[T any](ctx context.Context, h *Hypervisor, op string, fn func(*
 
 // withDomain is withConnect for one domain, found by its UUID.
 func withDomain[T any](ctx context.Context, h *Hypervisor, uuid, op string, fn func(*libvirt.Domain) (T, error)) (T, error) {
-	return withConnect(ctx, h, op+" of domain "+uuid, func(c *libvirt.Connect) (T, error) {
+	return withConnect(ctx, h, op+" domain "+uuid, func(c *libvirt.Connect) (T, error) {
 		d, err := c.LookupDomainByUUIDString(uuid)
 		if err != nil {
 			var zero T

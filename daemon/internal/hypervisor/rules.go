@@ -100,7 +100,7 @@ func deviceRules() rules {
 		"input": {attrs: "type bus model", fix: only("type", "mouse", "tablet", "keyboard")},
 		"video": {children: rules{"model": {
 			attrs:    "type ram vram vram64 vgamem heads primary blob",
-			children: rules{"acceleration": attribs("accel2d accel3d"), "resolution": attribs("x y")},
+			children: rules{"acceleration": {attrs: "accel2d accel3d", fix: notEmpty}, "resolution": attribs("x y")},
 		}}},
 		"sound":      {attrs: "model", children: rules{"codec": attribs("type"), "audio": attribs("id")}},
 		"audio":      {attrs: "id type", fix: only("type", "none", "spice")},

@@ -186,26 +186,30 @@ func checkState(d hypervisor.Domain) error {
 	return nil
 }
 
+// Skip says why backups leave a disk out; "" for one that is backed up.
+func Skip(k hypervisor.Disk) string {
+	switch {
+	case k.Device == "cdrom" || k.Device == "floppy":
+		return "it is a " + k.Device
+	case k.Device != "disk":
+		return "it is a " + k.Device + ", a device of the host"
+	case k.Transient:
+		return "it is transient"
+	case k.ReadOnly:
+		return "it is read-only"
+	case k.Shareable:
+		return "it is shared with other domains"
+	case k.SourceType == "":
+		return "it has no source"
+	}
+	return ""
+}
+
 // selectDisks returns the disks to back up, in the order of the definition,
 // and those to leave out.
 func selectDisks(d hypervisor.Domain) (disks []hypervisor.Disk, skipped []Skipped, err error) {
 	for _, k := range d.Disks {
-		why := ""
-		switch {
-		case k.Device == "cdrom" || k.Device == "floppy":
-			why = "it is a " + k.Device
-		case k.Device != "disk":
-			why = "it is a " + k.Device + ", a device of the host"
-		case k.Transient:
-			why = "it is transient"
-		case k.ReadOnly:
-			why = "it is read-only"
-		case k.Shareable:
-			why = "it is shared with other domains"
-		case k.SourceType == "":
-			why = "it has no source"
-		}
-		if why != "" {
+		if why := Skip(k); why != "" {
 			skipped = append(skipped, Skipped{k.Target, why})
 			continue
 		}

@@ -89,7 +89,7 @@ func (s *Supervisor) worker(id string) (*Worker, error) {
 	if _, err := ulid.ParseStrict(id); err != nil {
 		return nil, fmt.Errorf("%q is not the id of a job: %w", id, err)
 	}
-	return &Worker{s, id, unitPrefix + id + unitSuffix, filepath.Join(s.Directory, id)}, nil
+	return &Worker{s, id, UnitName(id), filepath.Join(s.Directory, id)}, nil
 }
 
 // Start starts the worker of spec.Job and returns when it runs. When there is one already, running or ended, it is

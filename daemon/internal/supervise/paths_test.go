@@ -24,7 +24,7 @@ func TestPaths(t *testing.T) {
 				Disks: []transfer.BackupDisk{{Socket: "/run/virtbackup/nbd/a.sock"}, {Socket: "/run/virtbackup/nbd/b.sock"}},
 				Files: []transfer.FileSpec{{Name: "domain.xml", Content: []byte("x")}, {Name: "nvram", Path: "/var/lib/libvirt/qemu/nvram/a.fd"}},
 			}},
-			readOnly:  []string{"/run/virtbackup/nbd", "/var/lib/libvirt/qemu/nvram/a.fd", "/var/lib/virtbackup/manifest.key"},
+			readOnly:  []string{"/run/virtbackup/nbd", "/var/lib/libvirt/qemu/nvram", "/var/lib/virtbackup/manifest.key"},
 			readWrite: []string{"/srv/backup"},
 		},
 		"restore": {

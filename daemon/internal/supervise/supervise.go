@@ -162,7 +162,8 @@ func (w *Worker) asUnit(spec transfer.Spec, limits jobunit.Limits) jobunit.Unit 
 }
 
 // paths are those that a worker needs for what it is asked to do, and all that it gets to see. Directories of sockets,
-// because the sockets come when the point in time is fixed, after the worker's start.
+// because the sockets come when the point in time is fixed, after the worker's start. Directories of files, because
+// systemd follows symbolic links: QEMU's user may put one in the place of its NVRAM, and the worker must see that it is one.
 func paths(spec transfer.Spec) (readOnly, readWrite, devices []string) {
 	switch spec.Operation {
 	case transfer.OperationList, transfer.OperationRestore, transfer.OperationVerify:
@@ -179,7 +180,7 @@ func paths(spec transfer.Spec) (readOnly, readWrite, devices []string) {
 		}
 		for _, f := range b.Files {
 			if f.Path != "" {
-				readOnly = append(readOnly, f.Path)
+				readOnly = append(readOnly, filepath.Dir(f.Path))
 			}
 		}
 	}

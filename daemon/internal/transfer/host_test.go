@@ -12,11 +12,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/oklog/ulid/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 )
@@ -177,9 +179,32 @@ func (d disk) export(h *host, bitmap string) (socket string, stop func()) {
 		if err != nil {
 			h.Fatal(err)
 		}
-		h.command("kill", strings.TrimSpace(string(b)))
-		h.command("sh", "-c", "while kill -0 "+strings.TrimSpace(string(b))+" 2>/dev/null; do sleep 0.01; done")
+		n, err := strconv.Atoi(strings.TrimSpace(string(b)))
+		if err != nil {
+			h.Fatal(err)
+		}
+		if err := endProcess(n); err != nil {
+			h.Fatal(err)
+		}
 		os.Remove(socket)
+	}
+}
+
+// endProcess ends a process that is no child of ours and waits until it is gone.
+func endProcess(pid int) error {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.PidfdSendSignal(fd, unix.SIGTERM, nil, 0); err != nil {
+		return err
+	}
+	for {
+		_, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1)
+		if err != unix.EINTR {
+			return err
+		}
 	}
 }
 

@@ -139,6 +139,9 @@ func (m *Manager) Start(ctx context.Context, u Unit) error {
 	if err != nil {
 		return err
 	}
+	if state.executed() {
+		return nil // and has ended already, sooner than systemd saw that it was
+	}
 	if err := m.Forget(ctx, u.Name); err != nil {
 		return err
 	}

@@ -31,6 +31,19 @@ func (s State) Ended() bool {
 	return !s.Known || s.Active == "inactive" || s.Active == "failed"
 }
 
+// executed says whether a unit that has ended got as far as its program.
+func (s State) executed() bool {
+	// Statuses from here on are systemd's own, of what it does before; systemd.exec(5), "Process Exit Codes".
+	const ofSystemd = 200
+	switch s.Result {
+	case "exit-code":
+		return s.ExitStatus < ofSystemd
+	case "signal", "core-dump", "oom-kill":
+		return true
+	}
+	return false
+}
+
 // String tells how the unit ended, for people.
 func (s State) String() string {
 	var how string

@@ -69,6 +69,7 @@ const (
 	ParentMissing     Cause = "parent-missing"     // the newest backup of the chain is not there (any more)
 	ParentDamaged     Cause = "parent-damaged"     // the newest backup of the chain, or one below it, is damaged
 	BackupDeleted     Cause = "backup-deleted"     // the newest backup of the chain was deleted
+	Restored          Cause = "restored"           // a backup was restored over the domain's disks
 	NoDiskTracked     Cause = "no-disk-tracked"    // every disk needs a full image, for different causes
 
 	// Of a disk: its image is full, the other disks go on.

@@ -186,6 +186,9 @@ func fixDisk(r *rebuild, original, e *element) (bool, error) {
 		r.setDiskType(e, "file", "raw") // an empty drive
 		return true, nil
 	}
+	if !ok && r.changes.SkipOtherDisks {
+		return false, nil
+	}
 	if !ok {
 		return false, fmt.Errorf("there is no place for disk %q", target)
 	}

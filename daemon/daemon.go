@@ -1,0 +1,305 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/backup"
+	"github.com/virtbackup/virtbackup/daemon/internal/bus"
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/config"
+	"github.com/virtbackup/virtbackup/daemon/internal/errand"
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/job"
+	"github.com/virtbackup/virtbackup/daemon/internal/quiesce"
+	"github.com/virtbackup/virtbackup/daemon/internal/removal"
+	"github.com/virtbackup/virtbackup/daemon/internal/restore"
+	"github.com/virtbackup/virtbackup/daemon/internal/service"
+	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
+	"github.com/virtbackup/virtbackup/daemon/internal/verification"
+	"github.com/virtbackup/virtbackup/dbus"
+	"github.com/virtbackup/virtbackup/policy"
+	"github.com/virtbackup/virtbackup/systemd/jobunit"
+)
+
+const (
+	workerProgram = "/usr/libexec/virtbackup/virtbackup-worker"
+	stopWorker    = 30 * time.Second // for a worker to clean up after a cancel
+	stopLimit     = 10 * time.Second // for calls under way when the daemon stops
+	reconcileEach = time.Minute
+	keepJobsFor   = 90 * 24 * time.Hour
+	keepJobs      = 10_000
+)
+
+// app is virtbackupd, wired.
+type app struct {
+	path     string // of the configuration
+	log      *slog.Logger
+	level    *slog.LevelVar
+	settings atomic.Pointer[config.Config]
+
+	catalog    *catalog.Catalog
+	hypervisor *hypervisor.Hypervisor
+	units      *jobunit.Manager
+	server     *bus.Server
+	backup     *backup.Kind
+	engine     *job.Engine
+	service    *service.Service
+}
+
+// run is the life of the daemon: open, take up what was left, serve, let go.
+func (a *app) run(ctx context.Context) error {
+	if err := a.makeDirectories(); err != nil {
+		return err
+	}
+	polkit, closePolkit, err := policy.ConnectPolkit(a.log)
+	if err != nil {
+		return err
+	}
+	defer a.closing("the connection to polkit", closePolkit)
+	if a.server, err = bus.New(bus.Config{Authorizer: polkit, Log: a.log, Level: a.level}); err != nil {
+		return err
+	}
+	if err := a.open(ctx); err != nil {
+		return err
+	}
+	defer a.closing("the catalog", a.catalog.Close)
+	defer a.hypervisor.Close()
+	defer a.units.Close()
+	a.wire()
+	return a.serve(ctx)
+}
+
+func (a *app) closing(what string, closer func() error) {
+	if err := closer(); err != nil {
+		a.log.Warn("cannot close "+what, "error", err)
+	}
+}
+
+// open opens what may be missing or broken.
+func (a *app) open(ctx context.Context) error {
+	c := a.settings.Load()
+	var err error
+	if a.catalog, err = catalog.Open(ctx, a.catalogPath()); err != nil {
+		if corrupt := new(catalog.CorruptError); !errors.As(err, &corrupt) {
+			return err
+		}
+		a.log.Error("the catalog was damaged; an empty one takes its place, the backups are where they were", "error", err)
+	}
+	if a.units, err = jobunit.Connect(ctx); err != nil {
+		return errors.Join(err, a.catalog.Close())
+	}
+	if a.hypervisor, err = hypervisor.Connect(ctx, c.Libvirt.URI, a.log); err != nil {
+		a.units.Close()
+		return errors.Join(err, a.catalog.Close())
+	}
+	return nil
+}
+
+// wire makes the kinds of jobs, the engine that runs them, and the service.
+func (a *app) wire() {
+	c := a.settings.Load()
+	supervisor := supervise.New(a.units, supervise.Options{
+		Directory: filepath.Join(c.Daemon.RuntimeDirectory, "jobs"), Worker: workerProgram, StopAfter: stopWorker, Log: a.log,
+	})
+	errands := errand.Sender{Supervisor: supervisor, Limits: a.limits, KeyFile: a.keyPath()}
+	a.backup = backup.New(backup.Deps{
+		Catalog: a.catalog, Hypervisor: a.hypervisor, Errands: errands, Settings: a.backupSettings, Version: version, Log: a.log,
+		Quiescer: quiesce.New(a.hypervisor, quiesce.ThawUnit{URI: c.Libvirt.URI}, quiesce.Options{
+			Directory: filepath.Join(c.Daemon.RuntimeDirectory, "frozen"), Limit: c.Libvirt.HoldLimit, Log: a.log,
+		}),
+	})
+	restores := restore.New(restore.Deps{
+		Catalog: a.catalog, Hypervisor: a.hypervisor, Errand: errands, Log: a.log,
+		Destinations: func() []string { return a.settings.Load().Restore.Destinations },
+	})
+	a.engine = job.New(a.catalog, map[string]job.Kind{
+		backup.KindName:                      a.backup,
+		string(dbus.OperationRestore):        restores,
+		string(dbus.OperationRestoreInPlace): restores,
+		string(dbus.OperationVerify):         verification.Verify{Catalog: a.catalog, Errand: errands},
+		string(dbus.OperationCheck):          verification.Check{Catalog: a.catalog, Errand: errands},
+		string(dbus.OperationDelete):         removal.Delete{Catalog: a.catalog, Errand: errands},
+	}, job.Options{
+		Logger: a.log, KeepFor: keepJobsFor, KeepMost: keepJobs,
+		Limits: job.Limits{
+			Concurrent: c.Limits.ConcurrentJobs, ConcurrentPerRepository: c.Limits.ConcurrentJobsPerRepository,
+			PerUser: c.Limits.JobsPerUser, Queue: c.Limits.Queue,
+		},
+	})
+	host, err := os.Hostname()
+	if err != nil {
+		a.log.Warn("cannot tell the name of this host", "error", err)
+	}
+	a.service = service.New(service.Deps{
+		Catalog: a.catalog, Jobs: a.engine, Domains: a.hypervisor, Restore: restores, Config: c, Reload: a.reload,
+		Host: host, Version: version, Log: a.log,
+	})
+	a.service.Notify(a.server)
+}
+
+// serve takes up what an earlier life left, answers calls until ctx ends, and
+// lets go of what runs: workers outlive us.
+func (a *app) serve(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if err := a.backup.Reconcile(ctx); err != nil {
+		a.log.Warn("cannot clear up what was left over; it is tried again", "error", err)
+	}
+	if err := a.engine.Start(ctx); err != nil {
+		return err
+	}
+	defer a.engine.Stop()
+	var background sync.WaitGroup
+	defer background.Wait()
+	defer cancel()
+	for _, f := range []func(context.Context){a.service.Run, a.reconcile, a.reloadOnHangup} {
+		background.Go(func() { f(ctx) })
+	}
+	if err := a.server.Start(ctx, a.service); err != nil {
+		return err
+	}
+	a.notify(daemon.SdNotifyReady)
+	a.log.Info("virtbackupd is ready", "version", version)
+	err := a.tend(ctx)
+	a.notify(daemon.SdNotifyStopping)
+	limited, done := context.WithTimeout(context.WithoutCancel(ctx), stopLimit)
+	defer done()
+	return errors.Join(err, a.server.Stop(limited))
+}
+
+// tend tells systemd's watchdog that we live, as long as the catalog answers.
+func (a *app) tend(ctx context.Context) error {
+	interval, err := daemon.SdWatchdogEnabled(false)
+	if err != nil || interval == 0 {
+		interval = time.Hour // nobody watches
+	}
+	tick := time.NewTicker(interval / 3)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-a.server.Done():
+			return errors.New("the system bus closed the connection")
+		case <-tick.C:
+			limited, cancel := context.WithTimeout(ctx, interval/3)
+			_, err := a.catalog.UnfinishedJobs(limited)
+			cancel()
+			if err != nil {
+				a.log.Error("the catalog does not answer", "error", err)
+				continue
+			}
+			a.notify(daemon.SdNotifyWatchdog)
+		}
+	}
+}
+
+func (a *app) notify(state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		a.log.Warn("cannot notify systemd", "error", err)
+	}
+}
+
+// reconcile clears up from time to time what could not be cleared up at once.
+func (a *app) reconcile(ctx context.Context) {
+	tick := time.NewTicker(reconcileEach)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			if err := a.backup.Reconcile(ctx); err != nil && ctx.Err() == nil {
+				a.log.Warn("cannot clear up what was left over; it is tried again", "error", err)
+			}
+		}
+	}
+}
+
+// reloadOnHangup reads the configuration again at "systemctl reload".
+func (a *app) reloadOnHangup(ctx context.Context) {
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-hangup:
+			if err := a.service.Reload(ctx, bus.Caller{}); err != nil {
+				a.log.Error("cannot read the configuration again", "error", err)
+			}
+		}
+	}
+}
+
+// reload puts a new configuration in force. What only a restart can change is refused.
+func (a *app) reload(context.Context) (*config.Config, error) {
+	c, err := config.Load(a.path)
+	if err != nil {
+		return nil, err
+	}
+	now := a.settings.Load()
+	if c.Daemon.StateDirectory != now.Daemon.StateDirectory || c.Daemon.RuntimeDirectory != now.Daemon.RuntimeDirectory || c.Libvirt != now.Libvirt {
+		return nil, errors.New("state_directory, runtime_directory and [libvirt] change only with a restart: systemctl restart virtbackupd")
+	}
+	a.level.Set(c.Daemon.LogLevel.Slog())
+	a.settings.Store(c)
+	return c, nil
+}
+
+func (a *app) catalogPath() string {
+	return filepath.Join(a.settings.Load().Daemon.StateDirectory, "catalog.sqlite")
+}
+
+func (a *app) keyPath() string {
+	return filepath.Join(a.settings.Load().Daemon.StateDirectory, "manifest.key")
+}
+
+func (a *app) limits() jobunit.Limits {
+	l := a.settings.Load().Limits
+	return jobunit.Limits{
+		CPUWeight: uint64(l.CPUWeight), CPUQuota: uint64(l.CPUQuota), IOWeight: uint64(l.IOWeight), MemoryMax: uint64(l.MemoryMax),
+	}
+}
+
+func (a *app) backupSettings() backup.Settings {
+	c := a.settings.Load()
+	return backup.Settings{
+		ScratchDirectory: c.Backup.ScratchDirectory, MinimumFreeScratch: uint64(c.Limits.MinimumFreeScratch),
+	}
+}
+
+// makeDirectories makes what we and QEMU need, and this host's key. QEMU, under
+// its own user, has to get through to its sockets and scratch images.
+func (a *app) makeDirectories() error {
+	c := a.settings.Load()
+	for path, mode := range map[string]os.FileMode{
+		c.Daemon.StateDirectory:                            0o711,
+		c.Daemon.RuntimeDirectory:                          0o711,
+		filepath.Join(c.Daemon.RuntimeDirectory, "jobs"):   0o700,
+		filepath.Join(c.Daemon.RuntimeDirectory, "frozen"): 0o700,
+		c.Backup.ScratchDirectory:                          0o711,
+	} {
+		if err := os.MkdirAll(path, mode); err != nil {
+			return fmt.Errorf("cannot make a directory of virtbackup: %w", err)
+		}
+		// The umask does not know who else has to get through.
+		if err := os.Chmod(path, mode); err != nil {
+			return fmt.Errorf("cannot make a directory of virtbackup: %w", err)
+		}
+	}
+	return makeKey(a.keyPath())
+}

@@ -1,0 +1,187 @@
+// Package restore is the jobs that bring a backup back: as a new domain, or in
+// place of the disks of the domain that it was made of.
+//
+// Both have a worker write new files into a directory of the job's own, beside
+// where they are to be, compare every block with its digest, and flush. Only
+// what is whole is put into place: by a rename that replaces nothing, or by an
+// exchange with the disk that was there, which is given up when all are done.
+//
+//	step       recorded before           then                    after a restart
+//	planned    directories are made      the worker copies       the same again
+//	placing    the first file is moved   move, define            carry on: what is in place is seen by its inode
+//	placed     the old disks go          clear up, start         the same again; nothing is taken back any more
+package restore
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/errand"
+	"github.com/virtbackup/virtbackup/daemon/internal/failure"
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/job"
+	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
+)
+
+// Hypervisor is what a restore needs of libvirt.
+type Hypervisor interface {
+	Lookup(ctx context.Context, nameOrUUID string) (hypervisor.Domain, error)
+	State(ctx context.Context, uuid string) (name, reason string, err error)
+	Define(ctx context.Context, definition string) (uuid string, err error)
+	Undefine(ctx context.Context, uuid string, removeNVRAM bool) error
+	Start(ctx context.Context, uuid string, paused bool) error
+}
+
+// Deps is what a Kind works with.
+type Deps struct {
+	Catalog      *catalog.Catalog
+	Hypervisor   Hypervisor
+	Errand       errand.Sender
+	Destinations func() []string // directories below which new domains' disks may be; the first is the default
+	Log          *slog.Logger
+}
+
+// Kind restores backups; Request.InPlace says which way.
+type Kind struct{ Deps }
+
+// New makes a Kind.
+func New(d Deps) *Kind { return &Kind{d} }
+
+// Request asks for a restore.
+type Request struct {
+	Backup         string   `json:"backup"`
+	InPlace        bool     `json:"in_place"`
+	Name           string   `json:"name"`        // of the new domain
+	Destination    string   `json:"destination"` // directory; "" for the default
+	Disks          []string `json:"disks"`       // targets; none for all
+	KeepMACs       bool     `json:"keep_macs"`
+	DropInterfaces bool     `json:"drop_interfaces"`
+	Start          bool     `json:"start"`
+}
+
+const (
+	stepPlanned = "planned"
+	stepPlacing = "placing"
+	stepPlaced  = "placed"
+)
+
+// state is recorded with each step.
+type state struct {
+	Plan  Plan   `json:"plan"`
+	Files []file `json:"files"` // of stepPlacing: with the inodes of what the worker wrote
+}
+
+// Run carries a restore out, from wherever it was.
+func (k *Kind) Run(ctx context.Context, h *job.Handle) error {
+	var r Request
+	if err := json.Unmarshal(h.Job().Spec, &r); err != nil {
+		return fmt.Errorf("cannot read the job's request: %w", err)
+	}
+	s, err := k.begin(ctx, h, r)
+	if err != nil {
+		return failure.Named(err)
+	}
+	switch h.Job().Step {
+	case stepPlaced:
+		return k.settled(ctx, h, r, s)
+	case stepPlacing:
+	default:
+		if err := k.copy(ctx, h, s.Plan); err != nil {
+			return err
+		}
+		if s.Files, err = written(s.Plan); err != nil {
+			return err
+		}
+		if err := h.Step(ctx, stepPlacing, s); err != nil {
+			return err
+		}
+	}
+	if r.InPlace {
+		return failure.Named(k.exchange(ctx, h, r, s))
+	}
+	return failure.Named(k.define(ctx, h, r, s))
+}
+
+// begin plans, unless that was done, and records the plan.
+func (k *Kind) begin(ctx context.Context, h *job.Handle, r Request) (state, error) {
+	var s state
+	if h.Job().Step != "" {
+		if err := json.Unmarshal(h.Job().StepData, &s); err != nil {
+			return s, fmt.Errorf("cannot read step %q: %w", h.Job().Step, err)
+		}
+		return s, nil
+	}
+	plan, err := k.Plan(ctx, r)
+	if err != nil {
+		return s, err
+	}
+	s.Plan = plan
+	s.Plan.settle(h.Job().ID)
+	return s, h.Step(ctx, stepPlanned, s)
+}
+
+// copy has the worker write all files into the job's directories.
+func (k *Kind) copy(ctx context.Context, h *job.Handle, p Plan) error {
+	repo, err := k.Catalog.Repository(ctx, h.Job().Repository)
+	if err != nil {
+		return failure.Named(err)
+	}
+	if err := makeStaging(p); err != nil {
+		return err
+	}
+	spec := transfer.Spec{
+		Operation: transfer.OperationRestore, Domain: h.Job().Domain, Restore: &transfer.RestoreSpec{Backup: p.Backup},
+	}
+	for _, d := range p.Disks {
+		spec.Restore.Disks = append(spec.Restore.Disks, transfer.RestoreDisk{
+			Target: d.Target, Directory: d.Staging, Destination: filepath.Base(d.Destination), Format: d.Format, Owner: d.Owner,
+		})
+	}
+	for _, f := range p.Files {
+		spec.Restore.Files = append(spec.Restore.Files, transfer.RestoreFile{
+			Name: f.Name, Directory: f.Staging, Destination: filepath.Base(f.Destination), Owner: f.Owner,
+		})
+	}
+	_, err = k.Errand.Run(ctx, h, repo, spec)
+	return err
+}
+
+// Undo takes back what is not finished: what is in place goes back to where it
+// was, and the job's directories go.
+func (k *Kind) Undo(ctx context.Context, h *job.Handle) error {
+	if h.Job().Step == "" {
+		return nil
+	}
+	var s state
+	if err := json.Unmarshal(h.Job().StepData, &s); err != nil {
+		return fmt.Errorf("cannot read step %q: %w", h.Job().Step, err)
+	}
+	var problems []error
+	if h.Job().Step == stepPlacing {
+		if s.Plan.InPlace {
+			problems = append(problems, exchangeBack(s.Files))
+		} else {
+			problems = append(problems, k.undefine(ctx, s))
+		}
+	}
+	if err := errors.Join(problems...); err != nil {
+		return err // the directories hold what is still needed
+	}
+	return removeStaging(s.Plan)
+}
+
+// definitionOf reads the definition that the worker restored.
+func definitionOf(p Plan) ([]byte, error) {
+	for _, f := range p.Files {
+		if f.Name == definitionName {
+			return os.ReadFile(filepath.Join(f.Staging, filepath.Base(f.Destination)))
+		}
+	}
+	return nil, fmt.Errorf("backup %s has no definition", p.Backup)
+}

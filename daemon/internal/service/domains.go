@@ -1,0 +1,248 @@
+package service
+
+import (
+	"context"
+	"errors"
+	"slices"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/backup"
+	"github.com/virtbackup/virtbackup/daemon/internal/bus"
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+// States of a domain that libvirt does not tell.
+const (
+	stateUndefined = "undefined" // known only by its backups
+	stateUnknown   = "unknown"   // libvirt does not answer
+)
+
+// allDomains returns libvirt's domains, and those known only by their backups.
+func (s *Service) allDomains(ctx context.Context) ([]dbus.Record, error) {
+	known, err := s.Catalog.Domains(ctx, "")
+	if err != nil {
+		return nil, err
+	}
+	var uuids []string
+	s.mu.Lock()
+	for uuid := range s.domains {
+		uuids = append(uuids, uuid)
+	}
+	s.mu.Unlock()
+	for _, k := range known {
+		if !slices.Contains(uuids, k.UUID) {
+			uuids = append(uuids, k.UUID)
+		}
+	}
+	slices.Sort(uuids)
+	return records(ctx, uuids, s.domainRecord)
+}
+
+func (s *Service) domainRecord(ctx context.Context, uuid string) (dbus.DomainProperties, error) {
+	d, live, libvirt := s.domain(uuid)
+	known, err := s.Catalog.Domain(ctx, uuid)
+	switch {
+	case errors.Is(err, catalog.ErrNotFound) && live:
+		known = catalog.Domain{UUID: uuid, Name: d.Name}
+	case err != nil:
+		return dbus.DomainProperties{}, err
+	}
+	p := dbus.DomainProperties{UUID: uuid, Name: known.Name, Offering: known.Offering, State: d.State}
+	switch {
+	case libvirt != nil:
+		p.State = stateUnknown
+	case !live:
+		p.State = stateUndefined
+	default:
+		p.Name = d.Name
+	}
+	if err := s.protection(ctx, &p); err != nil {
+		return p, err
+	}
+	return p, s.disks(ctx, d, known, &p)
+}
+
+// protection fills in what the domain's backups and jobs say.
+func (s *Service) protection(ctx context.Context, p *dbus.DomainProperties) error {
+	done, err := s.Catalog.ListBackups(ctx, catalog.BackupFilter{Domain: p.UUID, States: []chain.BackupState{chain.Complete}}, catalog.Page{Limit: 1})
+	if err != nil {
+		return err
+	}
+	if len(done) > 0 {
+		p.LastBackup, p.LastBackupTime = done[0].ID, done[0].Created
+	}
+	last, err := s.Catalog.ListJobs(ctx, catalog.JobFilter{
+		Domain: p.UUID, Kind: string(dbus.OperationBackup),
+		States: []catalog.JobState{catalog.JobSucceeded, catalog.JobFailed},
+	}, catalog.Page{Limit: 1})
+	if err != nil {
+		return err
+	}
+	failed := len(last) > 0 && last[0].State == catalog.JobFailed
+	if failed {
+		p.LastError = last[0].ErrorMessage
+	}
+	switch {
+	case p.Offering == "":
+		p.Protection = dbus.ProtectionUnassigned
+	case failed:
+		p.Protection = dbus.ProtectionFailing
+	case p.LastBackup == "":
+		p.Protection = dbus.ProtectionPending
+	default:
+		p.Protection = dbus.ProtectionProtected
+	}
+	for _, j := range s.Jobs.Active() {
+		if j.Domain == p.UUID && j.State != catalog.JobQueued {
+			p.Job = j.ID
+		}
+	}
+	return nil
+}
+
+// disks fills in the chain that the next backup would continue, and what each
+// disk would be in it.
+func (s *Service) disks(ctx context.Context, d hypervisor.Domain, known catalog.Domain, p *dbus.DomainProperties) error {
+	var head catalog.Head
+	if known.Offering != "" {
+		o, err := s.Catalog.Offering(ctx, known.Offering)
+		if err != nil {
+			return err
+		}
+		head, err = s.Catalog.LatestChain(ctx, p.UUID, o.Repository)
+		if err != nil && !errors.Is(err, catalog.ErrNotFound) {
+			return err
+		}
+		if head.State == chain.Open {
+			p.Chain, p.ChainLength = head.ID, uint32(head.Length)
+		}
+	}
+	for _, disk := range d.Disks {
+		one := dbus.DomainDisk{
+			Target: disk.Target, Source: disk.Source, Format: disk.Format, Size: disk.Capacity, Tracking: dbus.TrackingNone,
+		}
+		reason := backup.Skip(disk)
+		one.Included, one.Cause = reason == "", reason
+		if one.Included && head.State == chain.Open && head.Tip != nil {
+			i := slices.IndexFunc(head.Tip.Images, func(i catalog.Image) bool { return i.Target == disk.Target })
+			if i >= 0 {
+				one.Tracking = dbus.Tracking(head.Tip.Images[i].Tracking)
+			}
+		}
+		p.Disks = append(p.Disks, one)
+	}
+	return nil
+}
+
+// AssignDomain assigns an offering to a domain that libvirt knows.
+func (s *Service) AssignDomain(ctx context.Context, _ bus.Caller, uuid, offering string) error {
+	d, err := s.Domains.Lookup(ctx, uuid)
+	if err != nil {
+		return named(err)
+	}
+	ref, err := s.Find(ctx, dbus.KindOffering, offering)
+	if err != nil {
+		return err
+	}
+	o, err := s.offeringByID(ctx, ref.ID)
+	if err != nil {
+		return named(err)
+	}
+	if err := s.Catalog.AssignDomain(ctx, d.UUID, d.Name, o.Name); err != nil {
+		return named(err)
+	}
+	s.notifier.Changed(dbus.Ref{Kind: dbus.KindDomain, ID: d.UUID})
+	s.notifier.Changed(ref)
+	return nil
+}
+
+// UnassignDomain takes a domain's offering away and finishes its chain.
+func (s *Service) UnassignDomain(ctx context.Context, caller bus.Caller, uuid string) error {
+	if err := s.Catalog.UnassignDomain(ctx, uuid); errors.Is(err, catalog.ErrNotFound) {
+		return dbus.Errorf(dbus.ErrNotFound, "domain %s is assigned to no offering", uuid)
+	} else if err != nil {
+		return named(err)
+	}
+	return s.FinishChain(ctx, caller, uuid)
+}
+
+// FinishChain ends the open chains of a domain: its next backup is full.
+func (s *Service) FinishChain(ctx context.Context, _ bus.Caller, uuid string) error {
+	chains, err := s.Catalog.Chains(ctx, uuid)
+	if err != nil {
+		return named(err)
+	}
+	for _, c := range chains {
+		if c.State != chain.Open {
+			continue
+		}
+		if err := s.Catalog.EndChain(ctx, c.ID, chain.Finished, chain.ChainFinished); err != nil {
+			return named(err)
+		}
+		s.notifier.Changed(dbus.Ref{Kind: dbus.KindChain, ID: c.ID})
+	}
+	s.notifier.Changed(dbus.Ref{Kind: dbus.KindDomain, ID: uuid})
+	return nil
+}
+
+// BackupDomain starts a backup with the domain's offering, another, or ad hoc.
+func (s *Service) BackupDomain(ctx context.Context, caller bus.Caller, uuid string, o dbus.BackupOptions) (string, error) {
+	d, err := s.Domains.Lookup(ctx, uuid)
+	if err != nil {
+		return "", named(err)
+	}
+	r := backup.Request{Domain: d.UUID, Isolated: o.Isolated, Full: o.Full}
+	if err := s.backupSettings(ctx, d, o, &r); err != nil {
+		return "", err
+	}
+	if err := s.Catalog.SeenDomain(ctx, d.UUID, d.Name); err != nil {
+		return "", named(err)
+	}
+	return s.start(ctx, backup.NewJob(r, caller.UID))
+}
+
+// backupSettings finds where a backup goes and with which settings.
+func (s *Service) backupSettings(ctx context.Context, d hypervisor.Domain, o dbus.BackupOptions, r *backup.Request) error {
+	base := defaultSettings()
+	switch {
+	case o.Offering != "" && o.Repository != "":
+		return dbus.Errorf(dbus.ErrInvalidArgument, "give an offering or a repository, not both")
+	case o.Repository != "":
+		ref, err := s.Find(ctx, dbus.KindRepository, o.Repository)
+		if err != nil {
+			return err
+		}
+		r.Repository = ref.ID
+	default:
+		offering, err := s.offeringFor(ctx, d, o.Offering)
+		if err != nil {
+			return err
+		}
+		r.Offering, r.Repository, base = offering.Name, offering.Repository, offering.Settings
+	}
+	var err error
+	r.Settings, err = override(base, o.Settings)
+	return err
+}
+
+// offeringFor returns the offering named, or else the one assigned.
+func (s *Service) offeringFor(ctx context.Context, d hypervisor.Domain, name string) (catalog.Offering, error) {
+	if name == "" {
+		known, err := s.Catalog.Domain(ctx, d.UUID)
+		if err != nil && !errors.Is(err, catalog.ErrNotFound) {
+			return catalog.Offering{}, named(err)
+		}
+		if name = known.Offering; name == "" {
+			return catalog.Offering{}, dbus.Errorf(dbus.ErrInvalidArgument,
+				"domain %q is assigned to no offering: assign one, or say an offering or a repository", d.Name)
+		}
+	}
+	ref, err := s.Find(ctx, dbus.KindOffering, name)
+	if err != nil {
+		return catalog.Offering{}, err
+	}
+	o, err := s.offeringByID(ctx, ref.ID)
+	return o, named(err)
+}

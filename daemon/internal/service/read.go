@@ -1,0 +1,288 @@
+package service
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+// managedJobs is how many ended jobs stay managed objects.
+const managedJobs = 100
+
+// Objects returns all managed objects.
+func (s *Service) Objects(ctx context.Context) ([]dbus.Record, error) {
+	var all []dbus.Record
+	for _, list := range []func(context.Context) ([]dbus.Record, error){
+		s.repositories, s.offerings, s.allDomains, s.chains, s.jobs,
+	} {
+		records, err := list(ctx)
+		if err != nil {
+			return nil, named(err)
+		}
+		all = append(all, records...)
+	}
+	return all, nil
+}
+
+// Object returns one object of any kind.
+func (s *Service) Object(ctx context.Context, ref dbus.Ref) (dbus.Record, error) {
+	record, err := s.object(ctx, ref)
+	if errors.Is(err, catalog.ErrNotFound) || errors.Is(err, dbus.ErrNotFound) {
+		return nil, notFound(ref)
+	}
+	return record, err
+}
+
+func (s *Service) object(ctx context.Context, ref dbus.Ref) (dbus.Record, error) {
+	switch ref.Kind {
+	case dbus.KindManager:
+		return asRecord(s.Manager(ctx))
+	case dbus.KindRepository:
+		r, err := s.Catalog.Repository(ctx, ref.ID)
+		return repositoryRecord(r, s.checking(r.ID)), err
+	case dbus.KindOffering:
+		o, err := s.offeringByID(ctx, ref.ID)
+		if err != nil {
+			return nil, err
+		}
+		return asRecord(s.offeringRecord(ctx, o))
+	case dbus.KindDomain:
+		return asRecord(s.domainRecord(ctx, ref.ID))
+	case dbus.KindChain:
+		c, err := s.Catalog.Chain(ctx, ref.ID)
+		if err != nil {
+			return nil, err
+		}
+		return asRecord(s.chainRecord(ctx, c))
+	case dbus.KindBackup:
+		b, err := s.Catalog.Backup(ctx, ref.ID)
+		if err != nil {
+			return nil, err
+		}
+		if !listed(b.State) {
+			return nil, dbus.ErrNotFound
+		}
+		return asRecord(s.backupRecord(ctx, b))
+	case dbus.KindJob:
+		st, err := s.Jobs.Job(ctx, ref.ID)
+		if err != nil {
+			return nil, err
+		}
+		return asRecord(s.jobRecord(ctx, st))
+	}
+	return nil, dbus.ErrNotFound
+}
+
+// asRecord keeps a nil error from making a typed record of a failure.
+func asRecord[R dbus.Record](r R, err error) (dbus.Record, error) {
+	if err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// Find resolves a name or id.
+func (s *Service) Find(ctx context.Context, kind dbus.Kind, name string) (dbus.Ref, error) {
+	id, err := s.find(ctx, kind, name)
+	switch {
+	case errors.Is(err, catalog.ErrNotFound), errors.Is(err, hypervisor.ErrNoDomain):
+		return dbus.Ref{}, dbus.Errorf(dbus.ErrNotFound, "there is no %s %q", kind, name)
+	case err != nil:
+		return dbus.Ref{}, named(err)
+	}
+	return dbus.Ref{Kind: kind, ID: id}, nil
+}
+
+func (s *Service) find(ctx context.Context, kind dbus.Kind, name string) (string, error) {
+	switch kind {
+	case dbus.KindRepository:
+		r, err := s.Catalog.RepositoryByName(ctx, name)
+		if errors.Is(err, catalog.ErrNotFound) {
+			r, err = s.Catalog.Repository(ctx, name)
+		}
+		return r.ID, err
+	case dbus.KindOffering:
+		o, err := s.Catalog.Offering(ctx, name)
+		if errors.Is(err, catalog.ErrNotFound) {
+			o, err = s.offeringByID(ctx, name)
+		}
+		return o.ID, err
+	case dbus.KindDomain:
+		return s.findDomain(ctx, name)
+	case dbus.KindBackup:
+		return s.findBackup(ctx, name)
+	}
+	return "", fmt.Errorf("a %s has no name: %w", kind, catalog.ErrNotFound)
+}
+
+// findDomain asks libvirt first, which knows the newest names, and the catalog
+// for domains that are known only by their backups.
+func (s *Service) findDomain(ctx context.Context, name string) (string, error) {
+	d, err := s.Domains.Lookup(ctx, name)
+	if err == nil {
+		return d.UUID, nil
+	}
+	known, inCatalog := s.Catalog.Domains(ctx, "")
+	if inCatalog != nil {
+		return "", inCatalog
+	}
+	var ids []string
+	for _, k := range known {
+		if strings.EqualFold(k.UUID, name) {
+			return k.UUID, nil
+		}
+		if k.Name == name {
+			ids = append(ids, k.UUID)
+		}
+	}
+	switch len(ids) {
+	case 0:
+		return "", err
+	case 1:
+		return ids[0], nil
+	}
+	return "", dbus.Errorf(dbus.ErrInvalidArgument, "several domains were called %q: say which by its UUID: %s", name, strings.Join(ids, ", "))
+}
+
+// findBackup resolves an id or the beginning of one.
+func (s *Service) findBackup(ctx context.Context, prefix string) (string, error) {
+	ids, err := s.Catalog.BackupsByPrefix(ctx, strings.ToUpper(prefix), 2)
+	if err != nil {
+		return "", err
+	}
+	switch len(ids) {
+	case 0:
+		return "", catalog.ErrNotFound
+	case 1:
+		return ids[0], nil
+	}
+	return "", dbus.Errorf(dbus.ErrInvalidArgument, "several backups begin with %q, as %s and %s: say more of the id", prefix, ids[0], ids[1])
+}
+
+// ListBackups returns one page of backups, newest first.
+func (s *Service) ListBackups(ctx context.Context, f dbus.BackupFilter, cursor string, limit int) ([]dbus.BackupProperties, string, error) {
+	q := catalog.BackupFilter{Chain: f.Chain, States: []chain.BackupState{chain.Complete, chain.Damaged, chain.Deleting}}
+	if err := s.resolve(ctx, map[dbus.Kind]nameInto{
+		dbus.KindDomain: {f.Domain, &q.Domain}, dbus.KindRepository: {f.Repository, &q.Repository},
+	}); err != nil {
+		return nil, "", err
+	}
+	q.Offering = f.Offering
+	if f.State != nil {
+		q.States = []chain.BackupState{chain.BackupState(*f.State)}
+	}
+	if f.Kind != nil {
+		q.Kind = chain.Kind(*f.Kind)
+	}
+	if f.Since != nil {
+		q.Since = *f.Since
+	}
+	if f.Until != nil {
+		q.Until = *f.Until
+	}
+	list, err := s.Catalog.ListBackups(ctx, q, catalog.Page{Limit: limit, After: cursor})
+	if err != nil {
+		return nil, "", named(err)
+	}
+	var all []dbus.BackupProperties
+	for _, b := range list {
+		whole, err := s.Catalog.Backup(ctx, b.ID)
+		if errors.Is(err, catalog.ErrNotFound) {
+			continue // deleted meanwhile
+		} else if err != nil {
+			return nil, "", named(err)
+		}
+		p, err := s.backupRecord(ctx, whole)
+		if err != nil {
+			return nil, "", named(err)
+		}
+		all = append(all, p)
+	}
+	next := ""
+	if len(list) == limit {
+		next = list[len(list)-1].ID
+	}
+	return all, next, nil
+}
+
+// ListJobs returns one page of jobs, newest first.
+func (s *Service) ListJobs(ctx context.Context, f dbus.JobFilter, cursor string, limit int) ([]dbus.JobProperties, string, error) {
+	var q catalog.JobFilter
+	if err := s.resolve(ctx, map[dbus.Kind]nameInto{dbus.KindDomain: {f.Domain, &q.Domain}}); err != nil {
+		return nil, "", err
+	}
+	if f.Operation != nil {
+		q.Kind = string(*f.Operation)
+	}
+	if f.State != nil {
+		q.States = []catalog.JobState{catalog.JobState(*f.State)}
+	}
+	if f.Since != nil {
+		q.Since = *f.Since
+	}
+	if f.Until != nil {
+		q.Until = *f.Until
+	}
+	list, err := s.Catalog.ListJobs(ctx, q, catalog.Page{Limit: limit, After: cursor})
+	if err != nil {
+		return nil, "", named(err)
+	}
+	var all []dbus.JobProperties
+	for _, j := range list {
+		st, err := s.Jobs.Job(ctx, j.ID)
+		if errors.Is(err, catalog.ErrNotFound) {
+			continue // pruned meanwhile
+		} else if err != nil {
+			return nil, "", named(err)
+		}
+		p, err := s.jobRecord(ctx, st)
+		if err != nil {
+			return nil, "", named(err)
+		}
+		all = append(all, p)
+	}
+	next := ""
+	if len(list) == limit {
+		next = list[len(list)-1].ID
+	}
+	return all, next, nil
+}
+
+// nameInto is a name to resolve, unless it is empty, and where its id goes.
+type nameInto struct {
+	name string
+	id   *string
+}
+
+func (s *Service) resolve(ctx context.Context, names map[dbus.Kind]nameInto) error {
+	for kind, n := range names {
+		if n.name == "" {
+			continue
+		}
+		ref, err := s.Find(ctx, kind, n.name)
+		if err != nil {
+			return err
+		}
+		*n.id = ref.ID
+	}
+	return nil
+}
+
+func (s *Service) offeringByID(ctx context.Context, id string) (catalog.Offering, error) {
+	all, err := s.Catalog.Offerings(ctx)
+	if err != nil {
+		return catalog.Offering{}, err
+	}
+	for _, o := range all {
+		if o.ID == id {
+			return o, nil
+		}
+	}
+	return catalog.Offering{}, fmt.Errorf("offering %s: %w", id, catalog.ErrNotFound)
+}

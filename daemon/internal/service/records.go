@@ -1,0 +1,230 @@
+package service
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"slices"
+	"time"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/backup"
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/job"
+	"github.com/virtbackup/virtbackup/daemon/internal/repository"
+	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+// listed tells whether backups in a state are shown: those that run or failed
+// are jobs to people, not backups.
+func listed(s chain.BackupState) bool { return s != chain.Running && s != chain.Failed }
+
+func (s *Service) repositories(ctx context.Context) ([]dbus.Record, error) {
+	list, err := s.Catalog.Repositories(ctx)
+	var all []dbus.Record
+	for _, r := range list {
+		all = append(all, repositoryRecord(r, s.checking(r.ID)))
+	}
+	return all, err
+}
+
+// checking tells whether a job is looking at the repository.
+func (s *Service) checking(id string) bool {
+	return slices.ContainsFunc(s.Jobs.Active(), func(j job.Status) bool {
+		return j.Repository == id && j.Kind == string(dbus.OperationCheck)
+	})
+}
+
+func repositoryRecord(r catalog.Repository, checking bool) dbus.RepositoryProperties {
+	state := dbus.RepositoryReady
+	switch {
+	case checking:
+		state = dbus.RepositoryChecking
+	case r.Checked.IsZero():
+		state = dbus.RepositoryUnknown
+	case r.Problem != "":
+		state = dbus.RepositoryUnavailable
+	}
+	return dbus.RepositoryProperties{
+		ID: r.ID, Name: r.Name, Type: r.Type, Path: r.Path, State: state, StateMessage: r.Problem,
+		TotalBytes: r.Total, FreeBytes: r.Free, MinimumFree: r.MinimumFree, Checked: r.Checked, Created: r.Created,
+	}
+}
+
+func (s *Service) offerings(ctx context.Context) ([]dbus.Record, error) {
+	list, err := s.Catalog.Offerings(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return records(ctx, list, s.offeringRecord)
+}
+
+// records makes records of a list.
+func records[T any, R dbus.Record](ctx context.Context, list []T, record func(context.Context, T) (R, error)) ([]dbus.Record, error) {
+	var all []dbus.Record
+	for _, one := range list {
+		r, err := record(ctx, one)
+		if errors.Is(err, catalog.ErrNotFound) {
+			continue // gone meanwhile
+		} else if err != nil {
+			return nil, err
+		}
+		all = append(all, r)
+	}
+	return all, nil
+}
+
+func (s *Service) offeringRecord(ctx context.Context, o catalog.Offering) (dbus.OfferingProperties, error) {
+	r, err := s.Catalog.Repository(ctx, o.Repository)
+	if err != nil {
+		return dbus.OfferingProperties{}, err
+	}
+	assigned, err := s.Catalog.Domains(ctx, o.Name)
+	if err != nil {
+		return dbus.OfferingProperties{}, err
+	}
+	p := dbus.OfferingProperties{
+		ID: o.ID, Name: o.Name, Repository: r.Name, Mode: dbus.Mode(o.Mode), Compression: dbus.Compression(o.Compression),
+		CompressionLevel: uint32(o.Level), Threads: uint32(o.Threads), ChainSize: uint32(o.ChainSize),
+		Quiesce: dbus.Quiesce(o.Quiesce), Created: o.Created,
+	}
+	for _, d := range assigned {
+		p.Domains = append(p.Domains, d.UUID)
+	}
+	return p, nil
+}
+
+func (s *Service) chains(ctx context.Context) ([]dbus.Record, error) {
+	list, err := s.Catalog.Chains(ctx, "")
+	if err != nil {
+		return nil, err
+	}
+	return records(ctx, list, s.chainRecord)
+}
+
+func (s *Service) chainRecord(ctx context.Context, c catalog.Chain) (dbus.ChainProperties, error) {
+	r, err := s.Catalog.Repository(ctx, c.Repository)
+	if err != nil {
+		return dbus.ChainProperties{}, err
+	}
+	d, err := s.Catalog.Domain(ctx, c.Domain)
+	if err != nil {
+		return dbus.ChainProperties{}, err
+	}
+	p := dbus.ChainProperties{
+		ID: c.ID, DomainUUID: c.Domain, DomainName: d.Name, Repository: r.Name, Offering: c.Offering,
+		State: dbus.ChainState(c.State), Cause: string(c.Cause), Created: c.Created,
+	}
+	backups, err := s.Catalog.ChainBackups(ctx, c.ID)
+	if err != nil {
+		return p, err
+	}
+	for _, b := range backups {
+		if listed(b.State) {
+			p.Length++
+			p.Backups = append(p.Backups, b.ID)
+			p.StoredBytes += b.StoredBytes
+		}
+	}
+	return p, nil
+}
+
+func (s *Service) backupRecord(ctx context.Context, b catalog.Backup) (dbus.BackupProperties, error) {
+	r, err := s.Catalog.Repository(ctx, b.Repository)
+	if err != nil {
+		return dbus.BackupProperties{}, err
+	}
+	p := dbus.BackupProperties{
+		ID: b.ID, DomainUUID: b.Domain, DomainName: b.DomainName, Repository: r.Name, Offering: b.Offering,
+		Chain: b.Chain, Parent: b.Parent, Kind: dbus.BackupKind(b.Kind), Isolated: b.Isolated,
+		State: dbus.BackupState(b.State), Consistency: dbus.Consistency(b.Consistency), Quiesce: dbus.Quiesce(b.Quiesce),
+		Created: b.Created, Finished: b.Finished, SizeBytes: b.Size, StoredBytes: b.StoredBytes, DataBytes: b.DataBytes,
+		Compression: dbus.Compression(b.Compression), Verified: b.Verified,
+	}
+	if b.Cause != "" {
+		p.Causes = append(p.Causes, string(b.Cause))
+	}
+	for _, i := range b.Images {
+		p.Disks = append(p.Disks, dbus.BackupDisk{
+			Target: i.Target, File: i.Target + ".qcow2", Format: i.Format, Size: i.Size, StoredBytes: i.StoredBytes,
+			DataBytes: i.DataBytes, Kind: dbus.BackupKind(i.Kind), Tracking: dbus.Tracking(i.Tracking), Cause: string(i.Cause),
+		})
+		if i.Cause != "" && i.Cause != b.Cause {
+			p.Causes = append(p.Causes, i.Target+": "+string(i.Cause))
+		}
+	}
+	if b.Manifest != nil {
+		var m repository.Manifest
+		if err := json.Unmarshal(b.Manifest, &m); err != nil {
+			return p, err
+		}
+		p.Host, p.Version = m.Host, m.Version
+	}
+	p.Children, err = s.Catalog.Children(ctx, b.ID)
+	return p, err
+}
+
+// jobs returns the live jobs and the newest of those that ended.
+func (s *Service) jobs(ctx context.Context) ([]dbus.Record, error) {
+	list, err := s.Catalog.ListJobs(ctx, catalog.JobFilter{}, catalog.Page{Limit: managedJobs})
+	if err != nil {
+		return nil, err
+	}
+	statuses := s.Jobs.Active()
+	for _, j := range list {
+		if !slices.ContainsFunc(statuses, func(st job.Status) bool { return st.ID == j.ID }) {
+			statuses = append(statuses, job.Status{Job: j})
+		}
+	}
+	return records(ctx, statuses, s.jobRecord)
+}
+
+func (s *Service) jobRecord(ctx context.Context, st job.Status) (dbus.JobProperties, error) {
+	p := dbus.JobProperties{
+		ID: st.ID, Operation: dbus.Operation(st.Kind), State: dbus.JobState(st.State), Phase: st.Phase,
+		BytesDone: st.Done, BytesTotal: st.Total, Rate: uint64(st.Rate), DomainUUID: st.Domain, Backup: st.Backup,
+		ErrorMessage: st.ErrorMessage, UID: st.UID, Unit: supervise.UnitName(st.ID),
+		Created: st.Created, Started: st.Started, Finished: st.Finished,
+	}
+	if st.ErrorName != "" {
+		p.Error = dbus.ErrorName("org.virtbackup1.Error." + st.ErrorName)
+	}
+	switch {
+	case st.State == catalog.JobSucceeded:
+		p.Progress = 1
+	case st.Total > 0:
+		p.Progress = min(1, float64(st.Done)/float64(st.Total))
+	}
+	if st.ETA > 0 {
+		p.ETA = time.Now().Add(st.ETA)
+	}
+	return p, s.nameJob(ctx, st, &p)
+}
+
+// nameJob fills in the names of what the job is about, as far as they are known.
+func (s *Service) nameJob(ctx context.Context, st job.Status, p *dbus.JobProperties) error {
+	if d, known, _ := s.domain(st.Domain); known {
+		p.DomainName = d.Name
+	} else if d, err := s.Catalog.Domain(ctx, st.Domain); err == nil {
+		p.DomainName = d.Name
+	}
+	if r, err := s.Catalog.Repository(ctx, st.Repository); err == nil {
+		p.Repository = r.Name
+	}
+	if st.Kind == string(dbus.OperationBackup) {
+		var r backup.Request
+		if err := json.Unmarshal(st.Spec, &r); err != nil {
+			return err
+		}
+		p.Offering = r.Offering
+	}
+	messages, err := s.Catalog.JobMessages(ctx, st.ID)
+	for _, m := range messages {
+		if m.Level >= slog.LevelWarn {
+			p.Warnings = append(p.Warnings, m.Text)
+		}
+	}
+	return err
+}

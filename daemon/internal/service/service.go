@@ -1,0 +1,164 @@
+// Package service is what stands behind the D-Bus API: it answers from the
+// catalog, the job engine and a view of the domains, and turns requests into
+// jobs. It does no work of its own; the kinds of jobs do.
+package service
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"regexp"
+	"sync"
+	"time"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/bus"
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/config"
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/job"
+	"github.com/virtbackup/virtbackup/daemon/internal/restore"
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+// Domains is what the service asks libvirt.
+type Domains interface {
+	Lookup(ctx context.Context, nameOrUUID string) (hypervisor.Domain, error)
+	Domains(ctx context.Context) ([]hypervisor.Domain, error)
+	Subscribe(ctx context.Context) <-chan hypervisor.Event
+}
+
+// Planner tells what a restore would do.
+type Planner interface {
+	Plan(ctx context.Context, r restore.Request) (restore.Plan, error)
+}
+
+// Deps is what a Service is made of.
+type Deps struct {
+	Catalog *catalog.Catalog
+	Jobs    *job.Engine
+	Domains Domains
+	Restore Planner
+	Config  *config.Config
+	Reload  func(ctx context.Context) (*config.Config, error) // reads the configuration again and applies what can be
+	Host    string
+	Version string
+	Log     *slog.Logger
+}
+
+// Service implements bus.Backend.
+type Service struct {
+	Deps
+	started time.Time
+
+	mu       sync.Mutex
+	config   *config.Config
+	notifier bus.Notifier // nil until Notify
+	domains  map[string]hypervisor.Domain
+	libvirt  error // why domains may be out of date
+}
+
+var _ bus.Backend = (*Service)(nil)
+
+// New makes a Service. Run keeps it up to date.
+func New(d Deps) *Service {
+	return &Service{Deps: d, started: time.Now(), config: d.Config, domains: map[string]hypervisor.Domain{}}
+}
+
+// Manager returns the state of the daemon.
+func (s *Service) Manager(context.Context) (dbus.ManagerProperties, error) {
+	p := dbus.ManagerProperties{Version: s.Version, Host: s.Host, Started: s.started}
+	for _, j := range s.Jobs.Active() {
+		if j.State == catalog.JobQueued {
+			p.JobsQueued++
+		} else {
+			p.JobsRunning++
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p.LibvirtConnected = s.libvirt == nil
+	if s.libvirt != nil {
+		p.LibvirtError = s.libvirt.Error()
+	}
+	return p, nil
+}
+
+// EffectiveConfiguration returns every setting that is in force.
+func (s *Service) EffectiveConfiguration(context.Context) ([]dbus.Setting, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var all []dbus.Setting
+	for _, e := range config.Effective(s.config) {
+		all = append(all, dbus.Setting{Key: e.Key, Value: e.Value, Source: e.Source})
+	}
+	return all, nil
+}
+
+// Reload reads the configuration again.
+func (s *Service) Reload(ctx context.Context, caller bus.Caller) error {
+	c, err := s.Deps.Reload(ctx)
+	if err != nil {
+		return dbus.Errorf(dbus.ErrInvalidArgument, "the settings in force stay: %v", err)
+	}
+	s.mu.Lock()
+	s.config = c
+	s.mu.Unlock()
+	s.Log.Info("read the configuration again", "uid", caller.UID)
+	return nil
+}
+
+// settings returns the configuration in force.
+func (s *Service) settings() *config.Config {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.config
+}
+
+// namePattern is what the API documents for names of repositories and offerings.
+var namePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
+
+func validName(what, name string) error {
+	if namePattern.MatchString(name) {
+		return nil
+	}
+	return dbus.Errorf(dbus.ErrInvalidArgument,
+		"%q cannot be the name of %s: use 1 to 64 letters, digits, dots, underscores and dashes, and start with a letter or digit", name, what)
+}
+
+// named gives errors of the packages below the names that the API has for them.
+func named(err error) error {
+	table := []struct {
+		cause error
+		name  dbus.ErrorName
+	}{
+		{catalog.ErrNotFound, dbus.ErrNotFound},
+		{catalog.ErrExists, dbus.ErrExists},
+		{catalog.ErrInUse, dbus.ErrBusy},
+		{catalog.ErrState, dbus.ErrBusy},
+		{job.ErrTooMany, dbus.ErrLimitsExceeded},
+		{hypervisor.ErrNoDomain, dbus.ErrNotFound},
+		{hypervisor.ErrUnavailable, dbus.ErrUnavailable},
+	}
+	var already *dbus.Error
+	if err == nil || errors.As(err, &already) {
+		return err
+	}
+	for _, t := range table {
+		if errors.Is(err, t.cause) {
+			return fmt.Errorf("%w", &dbus.Error{Name: t.name, Message: err.Error()})
+		}
+	}
+	return err
+}
+
+// notFound is the answer for an object that is not there.
+func notFound(ref dbus.Ref) error {
+	return dbus.Errorf(dbus.ErrNotFound, "there is no %s", ref)
+}
+
+// submit records a job.
+func (s *Service) submit(ctx context.Context, r job.Request) (string, error) {
+	st, err := s.Jobs.Submit(ctx, r)
+	return st.ID, named(err)
+}

@@ -4,9 +4,12 @@
 package systemd_test
 
 import (
+	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strconv"
+	"strings"
 	"testing"
 )
 
@@ -41,4 +44,78 @@ func TestServiceIsSandboxed(t *testing.T) {
 		t.Errorf("exposure level %s: %s", m[1], out)
 	}
 	t.Log(m[0])
+}
+
+// A block device as a guest's disk may be one, and openat2(2) with RESOLVE_NO_SYMLINKS.
+const (
+	readDevice = `head -c 512 $DEVICE | cmp - /dev/zero -n 512`
+	openBelow  = `python3 -c 'import ctypes; how = (ctypes.c_uint64 * 3)(0, 0, 4); fd = ctypes.CDLL(None).syscall(437, -100, b"/etc/hostname", how, 24); exit(fd < 0)'`
+)
+
+// In the daemon's sandbox works what the daemon does, and nothing that it does not do.
+func TestServiceMayDoItsWork(t *testing.T) {
+	for name, script := range map[string]string{
+		"scratch":   `qemu-img create -q -f qcow2 /var/lib/virtbackup/scratch.qcow2 1M && chown 64055:64055 /var/lib/virtbackup/scratch.qcow2`,
+		"runtime":   `mkdir /run/virtbackup/jobs && [ "$(stat -c %a /run/virtbackup /var/lib/virtbackup | tr '\n' ' ')" = "711 711 " ]`,
+		"umask":     `touch /run/virtbackup/file && [ "$(stat -c %a /run/virtbackup/file)" = 600 ]`,
+		"libvirt":   `virsh -c qemu:///system list`,
+		"systemd":   `systemd-run --quiet --wait true && busctl status org.freedesktop.systemd1`,
+		"devices":   readDevice,
+		"openat2":   openBelow,
+		"read-only": `! touch /usr/file && ! touch /etc/file && ! sysctl -w kernel.hostname=x`,
+		"no mount":  `! mount -t tmpfs none /mnt && ! unshare -n true`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			if out, err := sandboxed(t, script, ""); err != nil {
+				t.Error(out)
+			}
+		})
+	}
+}
+
+// What the unit file says about directives that are left out is so. (Not ProtectClock=: the lab has no device controller.)
+func TestLeftOut(t *testing.T) {
+	for directive, script := range map[string]string{
+		"RestrictSUIDSGID=yes": openBelow,
+		"PrivateDevices=yes":   readDevice,
+	} {
+		t.Run(directive, func(t *testing.T) {
+			if _, err := sandboxed(t, script, directive); err == nil {
+				t.Error("it does no harm")
+			}
+		})
+	}
+}
+
+// sandboxed runs a script in the sandbox of virtbackupd.service, with a directive more. DEVICE is a block device.
+func sandboxed(t *testing.T, script, directive string) (string, error) {
+	t.Helper()
+	unit, err := os.ReadFile("virtbackupd.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	directory, err := os.MkdirTemp("/run", "sandbox")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(directory)
+	image, program := filepath.Join(directory, "image"), filepath.Join(directory, "program")
+	command(t, "truncate", "-s", "1M", image)
+	device := strings.TrimSpace(command(t, "losetup", "--find", "--show", image))
+	defer command(t, "losetup", "-d", device)
+	if err := os.WriteFile(program, []byte("set -e\nDEVICE="+device+"\n"+script), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	text := regexp.MustCompile(`(?m)^(Type|BusName|ExecStart|ExecReload|Restart|WatchdogSec)=.*\n`).ReplaceAllString(string(unit), "")
+	text = strings.Replace(text, "[Service]\n", "[Service]\nType=oneshot\nExecStart=/bin/sh "+program+"\n"+directive+"\n", 1)
+	if err := os.WriteFile("/run/systemd/system/sandbox.service", []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove("/run/systemd/system/sandbox.service")
+	command(t, "rm", "-rf", "/run/virtbackup") // preserved by the unit
+	command(t, "systemctl", "daemon-reload")
+	if out, err := exec.Command("systemctl", "start", "sandbox.service").CombinedOutput(); err != nil {
+		return string(out) + command(t, "journalctl", "--no-pager", "-n", "20", "-o", "cat", "-u", "sandbox.service"), err
+	}
+	return "", nil
 }

@@ -33,9 +33,6 @@ const (
 
 var zeroBlock [BlockSize]byte
 
-// Sum is the digest of a block.
-func Sum(p []byte) [SumSize]byte { return blake3.Sum256(p) }
-
 // ZeroSum is the digest of n zero bytes, n ≤ BlockSize.
 func ZeroSum(n int) [SumSize]byte { return Sum(zeroBlock[:n]) }
 

@@ -5,7 +5,7 @@ import (
 	"io"
 	"sync"
 
-	"lukechampine.com/blake3"
+	"github.com/virtbackup/virtbackup/daemon/internal/digest"
 )
 
 // pieceSpan is how much of the file one Piece covers, in bytes: what is kept
@@ -19,7 +19,7 @@ type output struct {
 	done    chan struct{}
 	staging chan []byte
 
-	hasher *blake3.Hasher
+	hasher digest.Hasher
 	piece  Piece // being written
 	pieces []Piece
 
@@ -27,7 +27,7 @@ type output struct {
 	err error
 }
 
-// chunk is a run of bytes on its way to the file.
+// chunk is a run of whole clusters on its way to the file.
 type chunk struct {
 	offset  int64
 	data    []byte
@@ -35,7 +35,7 @@ type chunk struct {
 }
 
 func newOutput(f io.WriterAt) *output {
-	o := &output{f: f, queue: make(chan chunk, 1), done: make(chan struct{}), staging: make(chan []byte, 2), hasher: blake3.New(32, nil)}
+	o := &output{f: f, queue: make(chan chunk, 1), done: make(chan struct{}), staging: make(chan []byte, 2)}
 	o.staging <- nil // two, made when first asked for: one is filled while the other is written
 	o.staging <- nil
 	// The header's place: it is written and digested in the end.
@@ -59,11 +59,12 @@ func (o *output) run() {
 	o.endPiece()
 }
 
+// digest takes whole clusters.
 func (o *output) digest(p []byte) {
 	for len(p) > 0 {
-		n := min(len(p), int(pieceSpan-o.piece.Length))
-		_, _ = o.hasher.Write(p[:n]) // a hash does not fail
-		o.piece.Length += int64(n)
+		n := min(int64(len(p)), pieceSpan-o.piece.Length)
+		o.hasher.Write(p[:n])
+		o.piece.Length += n
 		if o.piece.Length == pieceSpan {
 			o.endPiece()
 		}
@@ -75,10 +76,9 @@ func (o *output) endPiece() {
 	if o.piece.Length == 0 {
 		return
 	}
-	o.piece.Sum = [32]byte(o.hasher.Sum(nil))
+	o.piece.Sum = o.hasher.Sum()
 	o.pieces = append(o.pieces, o.piece)
 	o.piece = Piece{Offset: o.piece.Offset + o.piece.Length}
-	o.hasher.Reset()
 }
 
 // header writes the file's first cluster, after all else.
@@ -86,7 +86,7 @@ func (o *output) header(p []byte) error {
 	if _, err := o.f.WriteAt(p, 0); err != nil {
 		return fmt.Errorf("cannot write header: %w", err)
 	}
-	o.pieces[0].Sum = blake3.Sum256(p)
+	o.pieces[0].Sum = digest.Sum(p)
 	return nil
 }
 

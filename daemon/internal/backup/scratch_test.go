@@ -1,0 +1,98 @@
+package backup
+
+import (
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+)
+
+func TestMakeImage(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "vda.qcow2")
+	const size = 123 * 512
+	if err := makeImage(t.Context(), path, size, os.Getuid(), os.Getgid()); err != nil {
+		t.Fatal(err)
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info.Mode().Perm() != 0o600 {
+		t.Errorf("mode is %o", info.Mode().Perm())
+	}
+	out, err := exec.CommandContext(t.Context(), "qemu-img", "info", "-f", "qcow2", "--output=json", path).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var image struct {
+		Size uint64 `json:"virtual-size"`
+	}
+	if err := json.Unmarshal(out, &image); err != nil || image.Size != size {
+		t.Errorf("virtual size is %d (%v), want %d", image.Size, err, size)
+	}
+	if err := makeImage(t.Context(), path, size, os.Getuid(), os.Getgid()); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("an image that is there was taken: %v", err)
+	}
+}
+
+func TestQcow2Version(t *testing.T) {
+	for version, compat := range map[uint32]string{2: "0.10", 3: "1.1"} {
+		path := filepath.Join(t.TempDir(), "image")
+		if out, err := exec.CommandContext(t.Context(), "qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat="+compat, path, "1M").CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		if got, err := qcow2Version(path); err != nil || got != version {
+			t.Errorf("version of compat=%s is %d (%v)", compat, got, err)
+		}
+	}
+}
+
+func TestRemoveScratch(t *testing.T) {
+	directory := t.TempDir()
+	own := filepath.Join(directory, "01M7ZDF22CST13SYGG9CJXZ56M")
+	if err := os.Mkdir(own, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(own, "vda.qcow2"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // again when there is nothing
+		if err := removeScratch(directory, filepath.Base(own)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := os.Stat(own); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("it is still there: %v", err)
+	}
+}
+
+func TestClaim(t *testing.T) {
+	k := New(Deps{})
+	release, err := k.claim(t.Context(), "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, free := k.tryClaim("a"); free {
+		t.Error("a domain was claimed twice")
+	}
+	other, free := k.tryClaim("b")
+	if !free {
+		t.Error("another domain was not free")
+	}
+	other()
+	waited := make(chan error)
+	go func() {
+		again, err := k.claim(t.Context(), "a")
+		if err == nil {
+			again()
+		}
+		waited <- err
+	}()
+	release()
+	if err := <-waited; err != nil {
+		t.Errorf("the one who waited got %v", err)
+	}
+}

@@ -1,14 +1,11 @@
 package transfer
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-
-	"lukechampine.com/blake3"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/digest"
 	"github.com/virtbackup/virtbackup/daemon/internal/nbd"
@@ -32,7 +29,6 @@ type diskCopy struct {
 	writer     *qcow2.Writer
 	table      *digest.Writer
 	zero       [digest.SumSize]byte // of a whole block
-	pieces     []qcow2.Piece
 	digestFile repository.File
 }
 
@@ -243,7 +239,6 @@ func (d *diskCopy) end() error {
 	if err := d.writer.Finish(); err != nil {
 		return classify(ClassRepository, err)
 	}
-	d.pieces = d.writer.Pieces()
 	root, err := d.table.Close()
 	if err != nil {
 		return classify(ClassRepository, err)
@@ -262,89 +257,44 @@ func (d *diskCopy) flush(context.Context) error {
 	return classify(ClassRepository, errors.Join(d.image.Sync(), d.digests.Sync()))
 }
 
-// verify reads back all that was written: each piece of the image, then its
-// structure as any reader would find it, then the digests.
+// verify reads back all that was written, as any later reader will: the digests
+// first, which must be those that were computed from the source, and with them
+// the image. What the kernel has in memory is dropped before, as far as the file
+// system lets it go.
 func (d *diskCopy) verify(ctx context.Context) error {
-	d.count.total.Store(d.entry.StoredBytes)
-	if err := forget(d.image); err != nil {
+	if err := errors.Join(forget(d.image), forget(d.digests)); err != nil {
 		return err
 	}
-	at := int64(0)
-	err := ordered(ctx, 2, stages[qcow2.Piece]{
-		produce: func(_ context.Context, emit func(qcow2.Piece) error) error {
-			for _, p := range d.pieces {
-				if err := emit(p); err != nil {
-					return err
-				}
-			}
-			return nil
-		},
-		work: d.compare,
-		consume: func(p qcow2.Piece) error {
-			if p.Offset != at {
-				return fail(ClassInternal, "nobody digested the image's bytes at %d", at)
-			}
-			at += p.Length
-			return nil
-		},
-		drop: func(qcow2.Piece) {},
-	})
+	table, err := digest.NewReader(d.digestContent(), d.spec.Size)
 	if err != nil {
-		return err
-	}
-	if uint64(at) != d.entry.StoredBytes {
-		return fail(ClassVerification, "image %s has %d bytes, of which %d were written", d.entry.File, d.entry.StoredBytes, at)
+		return classify(ClassVerification, err)
 	}
 	image, err := checkImage(d.image, *d.entry, d.Manifest.Backing(*d.entry), qcow2.Limits{Size: d.entry.Size})
 	if err != nil {
 		return err
 	}
-	if err := image.Check(ctx); err != nil {
-		return fail(ClassVerification, "image %s: %w", d.entry.File, err)
-	}
-	return d.verifyDigests()
-}
-
-// compare reads a piece of the image and compares it with what was written.
-func (d *diskCopy) compare(ctx context.Context, p qcow2.Piece) error {
-	h := blake3.New(digest.SumSize, nil)
-	buf := make([]byte, 1<<20)
-	for at := p.Offset; at < p.Offset+p.Length; {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
+	s := &storedDisk{Disk: *d.entry, images: []*qcow2.Image{image}, digests: table, zero: d.zero, files: []*os.File{d.image}}
+	if d.parent != nil {
+		s.images = append(s.images, d.parent.images...)
+		again, err := openDisk(d.repo, d.parents, d.spec.Target)
+		if err != nil {
+			return asParent(err)
 		}
-		n := int(min(int64(len(buf)), p.Offset+p.Length-at))
-		if _, err := io.ReadFull(io.NewSectionReader(d.image, at, int64(n)), buf[:n]); err != nil {
-			return fail(ClassVerification, "cannot read back image %s: %w", d.entry.File, err)
-		}
-		h.Write(buf[:n])
-		at += int64(n)
-		d.count.done.Add(uint64(n))
+		defer again.close()
+		s.before, s.beforeRoot = again.digests, again.DigestRoot
 	}
-	if !bytes.Equal(h.Sum(nil), p.Sum[:]) {
-		return fail(ClassVerification, "image %s: %w: %d bytes at %d", d.entry.File, errBlock, p.Length, p.Offset)
-	}
-	return nil
-}
-
-// verifyDigests reads the digests back. Their own end digest shows that they
-// are what was written.
-func (d *diskCopy) verifyDigests() error {
-	if err := forget(d.digests); err != nil {
-		return err
-	}
-	file := func() io.Reader { return io.NewSectionReader(d.digests, 0, 1<<62) }
-	table, err := digest.NewReader(file(), d.spec.Size)
-	if err != nil {
+	if s.chain, err = qcow2.NewChain(s.images...); err != nil {
 		return classify(ClassVerification, err)
 	}
-	if err := endDigests(table, d.entry.DigestRoot); err != nil {
+	if err := s.verify(ctx, d.count); err != nil {
 		return err
 	}
 	d.digestFile.Name = repository.DigestName(d.spec.Target)
-	d.digestFile.BLAKE3, d.digestFile.Size, err = sumFile(file())
+	d.digestFile.BLAKE3, d.digestFile.Size, err = sumFile(d.digestContent())
 	return classify(ClassVerification, err)
 }
+
+func (d *diskCopy) digestContent() io.Reader { return io.NewSectionReader(d.digests, 0, 1<<62) }
 
 // countingFile counts what is written to an image.
 type countingFile struct {

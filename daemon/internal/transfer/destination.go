@@ -177,11 +177,7 @@ func (d *diskRestore) openSink() (sink, error) {
 			return nil, err
 		}
 	}
-	buffers := make(chan []byte, readDepth)
-	for range readDepth {
-		buffers <- nil
-	}
-	return &rawSink{f: d.to.f, sparse: !d.to.device, buffers: buffers}, nil
+	return &rawSink{f: d.to.f, sparse: !d.to.device, buffers: newBuffers(readDepth)}, nil
 }
 
 type qcow2Sink struct{ w *qcow2.Writer }
@@ -198,21 +194,11 @@ func (q qcow2Sink) abort()                          { q.w.Abort() }
 type rawSink struct {
 	f       *os.File
 	sparse  bool
-	buffers chan []byte
+	buffers buffers
 }
 
-func (r *rawSink) buffer() []byte {
-	if b := <-r.buffers; b != nil {
-		return b
-	}
-	return make([]byte, qcow2.BufferSize)
-}
-
-func (r *rawSink) putBuffer(p []byte) {
-	if p != nil {
-		r.buffers <- p[:qcow2.BufferSize]
-	}
-}
+func (r *rawSink) buffer() []byte     { return r.buffers.get() }
+func (r *rawSink) putBuffer(p []byte) { r.buffers.put(p) }
 
 func (r *rawSink) data(off uint64, p []byte) error {
 	defer r.putBuffer(p)

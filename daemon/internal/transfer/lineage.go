@@ -50,7 +50,10 @@ type storedDisk struct {
 	images  []*qcow2.Image
 	digests *digest.Reader
 	zero    [digest.SumSize]byte // of a whole block of zeros
-	files   []*os.File
+	// The parent's digests, if the disk is an increment and they are asked for.
+	before     *digest.Reader
+	beforeRoot string
+	files      []*os.File
 }
 
 // openDisk opens a disk of the newest backup. What the images' headers say is
@@ -155,6 +158,18 @@ func endDigests(d *digest.Reader, want string) error {
 		return fail(ClassVerification, "the digests of its blocks are not those that were written")
 	}
 	return nil
+}
+
+// openBefore opens the parent's digests, for walkOwn.
+func (s *storedDisk) openBefore(r *repository.Repository, l lineage) error {
+	if s.Kind != repository.KindIncremental {
+		return nil
+	}
+	parent, _ := l[1].Disk(s.Target) // open has found it
+	s.beforeRoot = parent.DigestRoot
+	var err error
+	s.before, err = s.openDigests(r, l[1])
+	return asParent(err)
 }
 
 func (s *storedDisk) close() {

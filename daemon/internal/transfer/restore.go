@@ -4,8 +4,6 @@ import (
 	"context"
 	"fmt"
 
-	"github.com/virtbackup/virtbackup/daemon/internal/digest"
-	"github.com/virtbackup/virtbackup/daemon/internal/qcow2"
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 )
 
@@ -151,13 +149,6 @@ type sink interface {
 	abort() // does nothing after finish
 }
 
-// stored is a part of the disk on its way from the images.
-type stored struct {
-	span
-	data []byte
-	sums [][digest.SumSize]byte // what it must be
-}
-
 func (d *diskRestore) run(ctx context.Context) (err error) {
 	d.count.total.Store(d.from.Size)
 	if d.sink, err = d.openSink(); err != nil {
@@ -168,7 +159,7 @@ func (d *diskRestore) run(ctx context.Context) (err error) {
 		produce: func(_ context.Context, emit func(*stored) error) error {
 			return d.from.walk(d.sink.buffer, emit)
 		},
-		work:    func(_ context.Context, s *stored) error { return d.from.read(s, d.count) },
+		work:    func(_ context.Context, s *stored) error { return d.from.read(s, &d.count.read) },
 		consume: d.store,
 		drop:    func(s *stored) { d.sink.putBuffer(s.data) },
 	})
@@ -189,80 +180,4 @@ func (d *diskRestore) store(s *stored) error {
 	}
 	d.count.written.Add(s.length)
 	return classify(ClassDestination, d.sink.data(s.off, s.data))
-}
-
-// walk emits the whole disk in order: what is stored in pieces with a buffer
-// each, and what is zero. Each comes with the digests that it must have.
-func (s *storedDisk) walk(buffer func() []byte, emit func(*stored) error) error {
-	for off := uint64(0); off < s.Size; off += windowSize {
-		err := s.chain.Extents(off, min(windowSize, s.Size-off), func(off, length uint64, kind qcow2.Kind) error {
-			most, k := length, spanZero
-			if kind == qcow2.Data {
-				most, k = qcow2.BufferSize, spanData
-			}
-			for at := off; at < off+length; at += most {
-				piece := &stored{span: span{at, min(most, off+length-at), k}}
-				if err := s.expect(piece); err != nil {
-					return err
-				}
-				if k == spanData {
-					piece.data = buffer()[:piece.length]
-				}
-				if err := emit(piece); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-		if err != nil {
-			return classify(ClassVerification, err)
-		}
-	}
-	return nil
-}
-
-// expect takes the digests of a piece from the table.
-func (s *storedDisk) expect(piece *stored) error {
-	for i := range digest.Blocks(piece.length) {
-		sum, err := s.digests.Next()
-		if err != nil {
-			return classify(ClassVerification, err)
-		}
-		if piece.kind == spanData {
-			piece.sums = append(piece.sums, sum)
-			continue
-		}
-		n := digest.Length(piece.length, i)
-		if !isZero(sum, n, s.zero) {
-			return fail(ClassVerification, "%w: zeros at %d", errBlock, piece.off+uint64(i)*digest.BlockSize)
-		}
-	}
-	return nil
-}
-
-// read reads a piece from the images and compares it with its digests.
-func (s *storedDisk) read(piece *stored, count *counters) error {
-	if piece.kind == spanZero {
-		return nil
-	}
-	if _, err := s.chain.ReadAt(piece.data, int64(piece.off)); err != nil {
-		return fail(ClassVerification, "cannot read %d bytes at %d: %w", piece.length, piece.off, err)
-	}
-	count.read.Add(piece.length)
-	for i, sum := range sums(piece.data) {
-		if sum != piece.sums[i] {
-			return fail(ClassVerification, "%w: %d bytes at %d", errBlock,
-				digest.Length(piece.length, i), piece.off+uint64(i)*digest.BlockSize)
-		}
-	}
-	return nil
-}
-
-// isZero tells by its digest that a block of n bytes is all zeros; zero is the
-// digest of a whole block of them.
-func isZero(sum [digest.SumSize]byte, n int, zero [digest.SumSize]byte) bool {
-	if n == digest.BlockSize {
-		return sum == zero
-	}
-	return sum == digest.ZeroSum(n)
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"slices"
 
-	"github.com/virtbackup/virtbackup/daemon/internal/qcow2"
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 )
 
@@ -84,39 +83,16 @@ func (w *worker) verifyFile(r *repository.Repository, m *repository.Manifest, f 
 	return checkFile(from, f)
 }
 
-// verifyDisk checks the structure of the image and compares every block of the
-// disk with its digest.
+// verifyDisk compares what the backup itself holds of a disk with its digests;
+// what its parents hold is compared with theirs.
 func (w *worker) verifyDisk(ctx context.Context, r *repository.Repository, l lineage, d repository.Disk) error {
 	s, err := openDisk(r, l, d.Target)
 	if err != nil {
 		return err
 	}
 	defer s.close()
-	image, err := checkImage(s.files[0], d, l[0].Backing(d), qcow2.Limits{Size: d.Size})
-	if err != nil {
+	if err := s.openBefore(r, l); err != nil {
 		return err
 	}
-	if err := image.Check(ctx); err != nil {
-		return classify(ClassVerification, err)
-	}
-	count := w.status.disk(d.Target)
-	count.total.Store(d.Size)
-	buffers := &rawSink{buffers: make(chan []byte, readDepth)}
-	for range readDepth {
-		buffers.buffers <- nil
-	}
-	err = ordered(ctx, readDepth, stages[*stored]{
-		produce: func(_ context.Context, emit func(*stored) error) error { return s.walk(buffers.buffer, emit) },
-		work:    func(_ context.Context, piece *stored) error { return s.read(piece, count) },
-		consume: func(piece *stored) error {
-			buffers.putBuffer(piece.data)
-			count.done.Add(piece.length)
-			return nil
-		},
-		drop: func(piece *stored) { buffers.putBuffer(piece.data) },
-	})
-	if err != nil {
-		return err
-	}
-	return endDigests(s.digests, d.DigestRoot)
+	return s.verify(ctx, w.status.disk(d.Target))
 }

@@ -1,0 +1,221 @@
+package transfer
+
+import (
+	"context"
+	"sync/atomic"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/digest"
+	"github.com/virtbackup/virtbackup/daemon/internal/qcow2"
+)
+
+// stored is a part of a disk on its way from the images.
+type stored struct {
+	span
+	data []byte
+	sums [][digest.SumSize]byte // what it must be
+}
+
+// walk emits the whole disk in order: what is stored in pieces with a buffer
+// each, and what is zero. Each comes with the digests that it must have.
+func (s *storedDisk) walk(buffer func() []byte, emit func(*stored) error) error {
+	for off := uint64(0); off < s.Size; off += windowSize {
+		err := s.chain.Extents(off, min(windowSize, s.Size-off), func(off, length uint64, kind qcow2.Kind) error {
+			return s.emit(off, length, kind, buffer, emit)
+		})
+		if err != nil {
+			return classify(ClassVerification, err)
+		}
+	}
+	return nil
+}
+
+// walkOwn emits only what the top image itself holds. Of all else the digests
+// are compared with those of the parent, which it is left to.
+func (s *storedDisk) walkOwn(buffer func() []byte, emit func(*stored) error) error {
+	at := uint64(0)
+	for off := uint64(0); off < s.Size; off += windowSize {
+		err := s.images[0].Own(off, min(windowSize, s.Size-off), func(off, length uint64, kind qcow2.Kind) error {
+			if err := s.inherit(at, off); err != nil {
+				return err
+			}
+			at = off + length
+			if err := s.passBefore(digest.Blocks(length)); err != nil {
+				return err
+			}
+			return s.emit(off, length, kind, buffer, emit)
+		})
+		if err != nil {
+			return classify(ClassVerification, err)
+		}
+	}
+	return s.inherit(at, s.Size)
+}
+
+func (s *storedDisk) emit(off, length uint64, kind qcow2.Kind, buffer func() []byte, emit func(*stored) error) error {
+	most, k := length, spanZero
+	if kind == qcow2.Data {
+		most, k = qcow2.BufferSize, spanData
+	}
+	for at := off; at < off+length; at += most {
+		piece := &stored{span: span{at, min(most, off+length-at), k}}
+		if err := s.expect(piece); err != nil {
+			return err
+		}
+		if k == spanData {
+			piece.data = buffer()[:piece.length]
+		}
+		if err := emit(piece); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// inherit checks the digests of a range that the top image does not hold: those
+// of the parent, or of zeros if there is none.
+func (s *storedDisk) inherit(from, to uint64) error {
+	for i := range digest.Blocks(to - from) {
+		sum, err := s.digests.Next()
+		if err != nil {
+			return classify(ClassVerification, err)
+		}
+		same := false
+		if s.before == nil {
+			same = isZero(sum, digest.Length(to-from, i), s.zero)
+		} else {
+			before, err := s.before.Next()
+			if err != nil {
+				return classify(ClassVerification, err)
+			}
+			same = sum == before
+		}
+		if !same {
+			return fail(ClassVerification, "%w: nothing is stored at %d", errBlock, from+uint64(i)*digest.BlockSize)
+		}
+	}
+	return nil
+}
+
+func (s *storedDisk) passBefore(blocks int) error {
+	if s.before == nil {
+		return nil
+	}
+	for range blocks {
+		if _, err := s.before.Next(); err != nil {
+			return classify(ClassVerification, err)
+		}
+	}
+	return nil
+}
+
+// expect takes the digests of a piece from the table.
+func (s *storedDisk) expect(piece *stored) error {
+	for i := range digest.Blocks(piece.length) {
+		sum, err := s.digests.Next()
+		if err != nil {
+			return classify(ClassVerification, err)
+		}
+		if piece.kind == spanData {
+			piece.sums = append(piece.sums, sum)
+			continue
+		}
+		n := digest.Length(piece.length, i)
+		if !isZero(sum, n, s.zero) {
+			return fail(ClassVerification, "%w: zeros at %d", errBlock, piece.off+uint64(i)*digest.BlockSize)
+		}
+	}
+	return nil
+}
+
+// read reads a piece from the images and compares it with its digests.
+func (s *storedDisk) read(piece *stored, count *atomic.Uint64) error {
+	if piece.kind == spanZero {
+		return nil
+	}
+	if _, err := s.chain.ReadAt(piece.data, int64(piece.off)); err != nil {
+		return fail(ClassVerification, "cannot read %d bytes at %d: %w", piece.length, piece.off, err)
+	}
+	count.Add(piece.length)
+	for i, sum := range sums(piece.data) {
+		if sum != piece.sums[i] {
+			return fail(ClassVerification, "%w: %d bytes at %d", errBlock,
+				digest.Length(piece.length, i), piece.off+uint64(i)*digest.BlockSize)
+		}
+	}
+	return nil
+}
+
+// isZero tells by its digest that a block of n bytes is all zeros; zero is the
+// digest of a whole block of them.
+func isZero(sum [digest.SumSize]byte, n int, zero [digest.SumSize]byte) bool {
+	if n == digest.BlockSize {
+		return sum == zero
+	}
+	return sum == digest.ZeroSum(n)
+}
+
+// verify checks the top image: its structure, and every block of the disk that
+// it holds. That the rest is right follows from the same check of the parent.
+func (s *storedDisk) verify(ctx context.Context, count *counters) error {
+	count.total.Store(s.DataBytes)
+	if err := s.checkStructure(ctx); err != nil {
+		return err
+	}
+	buffers := newBuffers(readDepth)
+	err := ordered(ctx, readDepth, stages[*stored]{
+		produce: func(_ context.Context, emit func(*stored) error) error { return s.walkOwn(buffers.get, emit) },
+		work:    func(_ context.Context, piece *stored) error { return s.read(piece, &count.done) },
+		consume: func(piece *stored) error {
+			buffers.put(piece.data)
+			return nil
+		},
+		drop: func(piece *stored) { buffers.put(piece.data) },
+	})
+	if err != nil {
+		return err
+	}
+	if s.before != nil {
+		if err := endDigests(s.before, s.beforeRoot); err != nil {
+			return asParent(err)
+		}
+	}
+	return endDigests(s.digests, s.DigestRoot)
+}
+
+// checkStructure opens the image apart from the chain, with room for the maps
+// that checking needs.
+func (s *storedDisk) checkStructure(ctx context.Context) error {
+	image, err := checkImage(s.files[0], s.Disk, s.images[0].Header().Backing, qcow2.Limits{Size: s.Size})
+	if err != nil {
+		return err
+	}
+	if err := image.Check(ctx); err != nil {
+		return fail(ClassVerification, "image %s: %w", s.File, err)
+	}
+	return nil
+}
+
+// buffers bounds how much is read ahead; they are asked for in the order in
+// which they are given back.
+type buffers chan []byte
+
+func newBuffers(n int) buffers {
+	b := make(buffers, n)
+	for range n {
+		b <- nil // made when first asked for
+	}
+	return b
+}
+
+func (b buffers) get() []byte {
+	if p := <-b; p != nil {
+		return p
+	}
+	return make([]byte, qcow2.BufferSize)
+}
+
+func (b buffers) put(p []byte) {
+	if p != nil {
+		b <- p[:qcow2.BufferSize]
+	}
+}

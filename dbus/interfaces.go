@@ -4,6 +4,7 @@ import (
 	"embed"
 	"encoding/xml"
 	"fmt"
+	"slices"
 )
 
 //go:embed interfaces/*.xml
@@ -12,6 +13,10 @@ var files embed.FS
 // docString is the annotation that GLib's gdbus-codegen reads documentation
 // from.
 const docString = "org.gtk.GDBus.DocString"
+
+// emitsChanged is the annotation of the D-Bus specification that tells how
+// changes of a property are signalled.
+const emitsChanged = "org.freedesktop.DBus.Property.EmitsChangedSignal"
 
 // Interface is one interface of the API, as its XML describes it.
 type Interface struct {
@@ -69,6 +74,18 @@ func (m Method) Signature(direction string) string {
 		}
 	}
 	return s
+}
+
+// Changing returns the names of the properties that can change: all but those
+// that are annotated as const.
+func (i Interface) Changing() []string {
+	var names []string
+	for _, p := range i.Properties {
+		if !slices.Contains(p.Annotations, annotation{emitsChanged, "const"}) {
+			names = append(names, p.Name)
+		}
+	}
+	return names
 }
 
 // Interfaces parses the interfaces of all kinds, in the order of Kinds.

@@ -1,8 +1,6 @@
 package bus
 
 import (
-	"maps"
-	"reflect"
 	"slices"
 	"sync"
 	"time"
@@ -24,6 +22,9 @@ type emitter struct {
 	running bool
 	queue   []event
 
+	// changing are the properties of each interface that can change.
+	changing map[string][]string
+
 	queued chan struct{}
 	ending chan struct{}
 	ended  chan struct{}
@@ -38,18 +39,20 @@ type event struct {
 	tell  func(e *emitter)
 }
 
-// emitted is what listeners know of an object.
+// emitted is when an object last had a signal, and whether it is to have one.
 type emitted struct {
 	last    time.Time
 	changed bool
-	// properties as they read at the last signal; nil when not known.
-	properties map[string]godbus.Variant
 }
 
-func newEmitter(s *Server) *emitter {
+func newEmitter(s *Server, interfaces []dbus.Interface) *emitter {
+	changing := make(map[string][]string)
+	for _, i := range interfaces {
+		changing[i.Name] = i.Changing()
+	}
 	return &emitter{
 		server: s, queued: make(chan struct{}, 1), ending: make(chan struct{}),
-		ended: make(chan struct{}), objects: make(map[dbus.Ref]*emitted),
+		ended: make(chan struct{}), changing: changing, objects: make(map[dbus.Ref]*emitted),
 	}
 }
 
@@ -129,10 +132,13 @@ func (e *emitter) handle(event event) {
 func (e *emitter) emitDue(all bool) <-chan time.Time {
 	next := time.Duration(-1)
 	for ref, o := range e.objects {
+		wait := quiet - time.Since(o.last)
 		if !o.changed {
+			if wait <= 0 {
+				delete(e.objects, ref)
+			}
 			continue
 		}
-		wait := quiet - time.Since(o.last)
 		if all || wait <= 0 {
 			e.emitChange(ref, o)
 		} else if next < 0 || wait < next {
@@ -145,34 +151,13 @@ func (e *emitter) emitDue(all bool) <-chan time.Time {
 	return time.After(next)
 }
 
-// emitChange invalidates the properties that read differently than at the last
-// signal.
+// emitChange invalidates all properties of an object that can change. Which
+// did is not looked up: a listener may have read a value in between, and must
+// be told even when it is back at what it was.
 func (e *emitter) emitChange(ref dbus.Ref, o *emitted) {
 	o.changed, o.last = false, time.Now()
-	if ref.Kind == dbus.KindBackup {
-		// Nothing would ever say that it can be forgotten.
-		delete(e.objects, ref)
-	}
-	now, err := e.server.read(e.server.ctx, ref)
-	if err != nil {
-		// It is gone, and its removal says so; or it will change again.
-		return
-	}
-	names := differing(o.properties, now)
-	if o.properties = now; len(names) > 0 {
-		e.emit(ref.Path(), dbus.InterfaceProperties+".PropertiesChanged",
-			ref.Kind.Interface(), map[string]godbus.Variant{}, names)
-	}
-}
-
-func differing(before, now map[string]godbus.Variant) []string {
-	var names []string
-	for _, name := range slices.Sorted(maps.Keys(now)) {
-		if old, known := before[name]; !known || !reflect.DeepEqual(old, now[name]) {
-			names = append(names, name)
-		}
-	}
-	return names
+	e.emit(ref.Path(), dbus.InterfaceProperties+".PropertiesChanged",
+		ref.Kind.Interface(), map[string]godbus.Variant{}, e.changing[ref.Kind.Interface()])
 }
 
 func (e *emitter) emit(path godbus.ObjectPath, name string, args ...any) {
@@ -184,8 +169,6 @@ func (e *emitter) emit(path godbus.ObjectPath, name string, args ...any) {
 // Added implements Notifier.
 func (s *Server) Added(ref dbus.Ref) {
 	s.emitter.add(ref, func(e *emitter) {
-		properties, _ := s.read(s.ctx, ref)
-		e.objects[ref] = &emitted{properties: properties}
 		e.emit(dbus.Root, dbus.InterfaceObjectManager+".InterfacesAdded", ref.Path(),
 			map[string]map[string]godbus.Variant{ref.Kind.Interface(): {}})
 	})

@@ -113,7 +113,7 @@ func (s *Server) handle(c call) ([]any, error) {
 	if err != nil {
 		return nil, err
 	}
-	ctx, leave := s.callers.whileThere(s.ctx, c.sender)
+	ctx, leave := s.callers.whileThere(s.asking, c.sender)
 	defer leave()
 	id, err := uid(ctx, s.conn, c.sender)
 	if err != nil {

@@ -31,11 +31,7 @@ func (a arguments) options(into any) error {
 }
 
 // apiMethods joins the XML and the parsers; both must have the same methods.
-func apiMethods() (map[string]method, error) {
-	interfaces, err := dbus.Interfaces()
-	if err != nil {
-		return nil, err
-	}
+func apiMethods(interfaces []dbus.Interface) (map[string]method, error) {
 	parsers := parsers()
 	methods := make(map[string]method)
 	for _, i := range interfaces {

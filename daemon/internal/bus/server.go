@@ -31,11 +31,12 @@ type Config struct {
 // Server is virtbackupd on the bus. It is a Notifier from the beginning;
 // notifications before Start go nowhere, as nobody can have listened.
 type Server struct {
-	config  Config
-	methods map[string]method
-	limits  *limiter
-	callers *callers
-	emitter *emitter
+	config     Config
+	interfaces []dbus.Interface
+	methods    map[string]method
+	limits     *limiter
+	callers    *callers
+	emitter    *emitter
 
 	// Set by Start before any call arrives.
 	conn    *godbus.Conn
@@ -43,6 +44,10 @@ type Server struct {
 	// ctx is given to the Backend; it ends with Stop.
 	ctx    context.Context
 	cancel context.CancelFunc
+	// asking is given to the Authorizer; it ends when Stop begins, so that
+	// nobody's password is waited for.
+	asking     context.Context
+	stopAsking context.CancelFunc
 
 	mu       sync.Mutex
 	stopping bool
@@ -52,13 +57,18 @@ type Server struct {
 
 // New makes a Server that is not on the bus yet.
 func New(config Config) (*Server, error) {
-	methods, err := apiMethods()
+	interfaces, err := dbus.Interfaces()
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{config: config, methods: methods, limits: newLimiter(), callers: newCallers()}
+	methods, err := apiMethods(interfaces)
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{config: config, interfaces: interfaces, methods: methods, limits: newLimiter(), callers: newCallers()}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
-	s.emitter = newEmitter(s)
+	s.asking, s.stopAsking = context.WithCancel(s.ctx)
+	s.emitter = newEmitter(s, interfaces)
 	return s, nil
 }
 
@@ -131,6 +141,7 @@ func (s *Server) Stop(ctx context.Context) error {
 	s.mu.Lock()
 	s.stopping = true
 	s.mu.Unlock()
+	s.stopAsking()
 	finished := make(chan struct{})
 	go func() {
 		s.calls.Wait()

@@ -23,10 +23,12 @@ func (a authorize) Authorize(ctx context.Context, r policy.Request) error { retu
 
 func everybody(context.Context, policy.Request) error { return nil }
 
+func testLog(t *testing.T) *slog.Logger { return slog.New(slog.NewTextHandler(t.Output(), nil)) }
+
 // serve puts a Server on the bus at address, for as long as the test runs.
 func serve(t *testing.T, address string, b Backend, a Authorizer) *Server {
 	t.Helper()
-	s, err := New(Config{Address: address, Authorizer: a, Log: slog.New(slog.NewTextHandler(t.Output(), nil)), Level: new(slog.LevelVar)})
+	s, err := New(Config{Address: address, Authorizer: a, Log: testLog(t), Level: new(slog.LevelVar)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -52,7 +54,7 @@ func stop(t *testing.T, s *Server) {
 func polkit(t *testing.T, address string, rules ...string) *policy.Polkit {
 	t.Helper()
 	bustest.StartPolkit(t, address, "../../../policy/org.virtbackup1.policy", rules...)
-	return policy.NewPolkit(rawClient(t, address), slog.New(slog.NewTextHandler(t.Output(), nil)))
+	return policy.NewPolkit(rawClient(t, address), testLog(t))
 }
 
 func rawClient(t *testing.T, address string) *godbus.Conn {

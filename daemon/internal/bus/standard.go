@@ -207,24 +207,22 @@ func introspect(c call) (request, error) {
 
 // described introspects an object.
 func described(ref dbus.Ref) (request, error) {
-	all, err := dbus.Interfaces()
-	if err != nil {
-		return request{}, err
-	}
-	body := objectXML
-	children := make(map[string]bool)
-	if ref.Kind == dbus.KindManager {
-		body += managerXML
-		for _, kind := range dbus.Kinds()[1:] {
-			children[string(kind)] = true
+	return request{run: func(_ context.Context, s *Server, _ Caller) ([]any, error) {
+		body := objectXML
+		children := make(map[string]bool)
+		if ref.Kind == dbus.KindManager {
+			body += managerXML
+			for _, kind := range dbus.Kinds()[1:] {
+				children[string(kind)] = true
+			}
 		}
-	}
-	for _, i := range all {
-		if i.Name == ref.Kind.Interface() {
-			body += i.XML
+		for _, i := range s.interfaces {
+			if i.Name == ref.Kind.Interface() {
+				body += i.XML
+			}
 		}
-	}
-	return node(body, children)
+		return []any{nodeXML(body, children)}, nil
+	}}, nil
 }
 
 // kindNode introspects the node above the objects of a kind.

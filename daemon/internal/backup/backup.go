@@ -40,6 +40,7 @@ type Hypervisor interface {
 	Lookup(ctx context.Context, nameOrUUID string) (hypervisor.Domain, error)
 	State(ctx context.Context, uuid string) (name, reason string, err error)
 	Subscribe(ctx context.Context) <-chan hypervisor.Event
+	BackupDefinition(ctx context.Context, uuid string) (string, error)
 	BeginBackup(ctx context.Context, uuid string, b hypervisor.Begin) error
 	BackupJob(ctx context.Context, uuid string) (hypervisor.BackupJob, error)
 	EndBackup(ctx context.Context, uuid string) error

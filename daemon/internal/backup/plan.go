@@ -58,6 +58,7 @@ type facts struct {
 	backup     string // id
 	checkpoint string // a fresh name
 	domain     hypervisor.Domain
+	definition string // the domain's, as XML
 	repository catalog.Repository
 	last       *catalog.Head   // nil: the domain has no chain in the repository
 	bitmaps    map[string]bool // target → usable, of the last one's checkpoint
@@ -69,7 +70,7 @@ func newPlan(f facts) (Plan, error) {
 	p := Plan{
 		Backup: f.backup, Domain: f.domain.UUID, DomainName: f.domain.Name, Repository: f.repository,
 		Offering: f.request.Offering, Settings: f.request.Settings, Isolated: f.request.Isolated,
-		Definition: f.domain.XML, NVRAM: f.domain.Firmware.NVRAM,
+		Definition: f.definition, NVRAM: f.domain.Firmware.NVRAM,
 		Paused: f.domain.State != hypervisor.StateRunning,
 	}
 	if err := checkState(f.domain); err != nil {

@@ -17,7 +17,7 @@ const gib = 1 << 30
 func running(disks ...hypervisor.Disk) hypervisor.Domain {
 	return hypervisor.Domain{
 		UUID: "52475cdd-d300-4ce3-8422-1636b8b82c3f", Name: "web", Active: true, State: hypervisor.StateRunning,
-		StateReason: "booted", Disks: disks, XML: "<domain/>",
+		StateReason: "booted", Disks: disks,
 	}
 }
 
@@ -30,7 +30,7 @@ func disk(target, format string) hypervisor.Disk {
 func factsOf(d hypervisor.Domain) facts {
 	return facts{
 		request: Request{Domain: d.UUID, Repository: "R", Offering: "daily", Settings: catalog.Settings{Mode: chain.ModeIncremental, Quiesce: "none"}},
-		backup:  "01M7ZDM", checkpoint: "virtbackup-new", domain: d,
+		backup:  "01M7ZDM", checkpoint: "virtbackup-new", domain: d, definition: "<domain/>",
 		repository: catalog.Repository{ID: "R", Name: "nas", Path: "/srv/backups"},
 	}
 }
@@ -299,7 +299,7 @@ func TestSpecFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	files := p.backupSpec("1.0").Files
-	if len(files) != 2 || files[0].Name != "domain.xml" || string(files[0].Content) != d.XML || files[1].Name != "nvram" || files[1].Path != d.Firmware.NVRAM {
+	if len(files) != 2 || files[0].Name != "domain.xml" || string(files[0].Content) != "<domain/>" || files[1].Name != "nvram" || files[1].Path != d.Firmware.NVRAM {
 		t.Errorf("files are %+v", files)
 	}
 }

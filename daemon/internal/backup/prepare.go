@@ -57,6 +57,9 @@ func (r *run) gather(ctx context.Context) (f facts, err error) {
 	if f.domain, err = r.lookup(ctx, f.request.Domain); err != nil {
 		return f, err
 	}
+	if f.definition, err = r.Hypervisor.BackupDefinition(ctx, f.domain.UUID); err != nil {
+		return f, err
+	}
 	f.oldQcow2 = oldQcow2(f.domain)
 	head, err := r.Catalog.LatestChain(ctx, f.request.Domain, f.request.Repository)
 	if errors.Is(err, catalog.ErrNotFound) {

@@ -185,17 +185,18 @@ func (r *rebuild) filter(path string, e *element, allowed *rule) (*element, erro
 }
 
 // BackupDefinition returns the definition to store with a backup, without
-// secrets: the persistent one, or the live one of a transient domain.
+// secrets: of an active domain the live one, which has the disks that were
+// attached since its start, without what belongs to this run of QEMU only.
 func (h *Hypervisor) BackupDefinition(ctx context.Context, uuid string) (string, error) {
 	return withDomain(ctx, h, uuid, "read the definition of", func(d *libvirt.Domain) (string, error) {
-		persistent, err := d.IsPersistent()
+		active, err := d.IsActive()
 		if err != nil {
 			return "", err
 		}
-		if persistent {
-			return d.GetXMLDesc(libvirt.DOMAIN_XML_INACTIVE)
+		if active {
+			return d.GetXMLDesc(libvirt.DOMAIN_XML_MIGRATABLE)
 		}
-		return d.GetXMLDesc(0)
+		return d.GetXMLDesc(libvirt.DOMAIN_XML_INACTIVE)
 	})
 }
 

@@ -256,8 +256,9 @@ func describeDisk(c *libvirt.Connect, d *libvirt.Domain, x *libvirtxml.DomainDis
 		return k
 	}
 	for b := x.BackingStore; b != nil && b.Source != nil; b = b.BackingStore {
-		_, path := source(c, b.Source)
-		k.Backing = append(k.Backing, path)
+		if kind, path := source(c, b.Source); kind != "" { // the end of a chain is an empty element
+			k.Backing = append(k.Backing, path)
+		}
 	}
 	if info, err := d.GetBlockInfo(k.Target, 0); err == nil {
 		k.Capacity, k.Allocation = info.Capacity, info.Allocation

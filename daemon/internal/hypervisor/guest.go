@@ -45,16 +45,19 @@ func (h *Hypervisor) withAgent(ctx context.Context, uuid, op string, fn func(*li
 			return ErrNotRunning
 		}
 		if err := d.AgentSetResponseTimeout(agentSeconds(ctx), 0); err != nil {
-			return noAgent(err)
+			return agentError(err)
 		}
-		return noAgent(fn(d))
+		return agentError(fn(d))
 	})
 }
 
-// noAgent marks the errors of a domain that has no agent configured.
-func noAgent(err error) error {
-	if isCode(err, libvirt.ERR_ARGUMENT_UNSUPPORTED) || isCode(err, libvirt.ERR_CONFIG_UNSUPPORTED) {
-		return fmt.Errorf("%w: %s", ErrAgent, err.Error())
+// agentError marks the errors of a domain that has no agent configured, and
+// what the agent itself refuses, which libvirt calls an internal error.
+func agentError(err error) error {
+	for _, code := range []libvirt.ErrorNumber{libvirt.ERR_ARGUMENT_UNSUPPORTED, libvirt.ERR_CONFIG_UNSUPPORTED, libvirt.ERR_INTERNAL_ERROR} {
+		if isCode(err, code) {
+			return fmt.Errorf("%w: %s", ErrAgent, err.Error())
+		}
 	}
 	return err
 }

@@ -329,12 +329,23 @@ func TestLabDeleteWithMissingBitmap(t *testing.T) {
 	}
 }
 
-func TestLabForeignJobIsLeftAlone(t *testing.T) {
+// TestLabOneGuest is what can share a running guest: a start takes long under load.
+func TestLabOneGuest(t *testing.T) {
 	h := host(t)
-	d := guest(t, h, "foreign", "qcow2:8M")
+	d := guest(t, h, "shared", "qcow2:64M", "qcow2:16M:fs")
+	t.Run("foreign job", func(t *testing.T) { testForeignJob(t, h, d) })
+	t.Run("full scratch", func(t *testing.T) { testFullScratch(t, h, d) })
+	t.Run("agent", func(t *testing.T) { testAgent(t, h, d) })
+	t.Run("not running", func(t *testing.T) { testNotRunning(t, h, d) })
+}
+
+func testForeignJob(t *testing.T, h *Hypervisor, d Domain) {
 	s := scratch(t, d, images, "vda")
+	directory := t.TempDir()
+	run(t, "chmod", "a+rx", filepath.Dir(filepath.Dir(directory)), filepath.Dir(directory))
+	run(t, "chown", "libvirt-qemu", directory)
 	doc := filepath.Join(t.TempDir(), "backup.xml")
-	xml := `<domainbackup mode="pull"><server transport="unix" socket="` + images + `/foreign.sock"/><disks><disk name="vda" backup="yes" type="file"><driver type="qcow2"/><scratch file="` + s["vda"] + `"/></disk></disks></domainbackup>`
+	xml := `<domainbackup mode="pull"><server transport="unix" socket="` + directory + `/foreign.sock"/><disks><disk name="vda" backup="yes" type="file"><driver type="qcow2"/><scratch file="` + s["vda"] + `"/></disk></disks></domainbackup>`
 	if err := os.WriteFile(doc, []byte(xml), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -352,15 +363,14 @@ func TestLabForeignJobIsLeftAlone(t *testing.T) {
 	run(t, "virsh", "domjobabort", d.Name)
 }
 
-func TestLabFullScratchPausesAndEndResumes(t *testing.T) {
-	h := host(t)
-	d := guest(t, h, "full", "qcow2:64M")
+// A full scratch image pauses the guest; EndBackup lets it go on.
+func testFullScratch(t *testing.T, h *Hypervisor, d Domain) {
 	write(t, d, "0")
 	run(t, "lab-domain", "exec", d.Name, "--", "dd", "if=/dev/urandom", "of=/dev/vda", "bs=1M", "count=16", "conv=fsync")
 	small := t.TempDir()
 	run(t, "mount", "-t", "tmpfs", "-o", "size=1M,mode=755", "scratch", small)
 	t.Cleanup(func() { _ = exec.CommandContext(context.Background(), "umount", small).Run() })
-	run(t, "chmod", "-R", "a+rx", filepath.Dir(filepath.Dir(small)))
+	run(t, "chmod", "a+rx", filepath.Dir(filepath.Dir(small)), filepath.Dir(small))
 	s := scratch(t, d, small, "vda")
 	b := Begin{Socket: SocketDirectory + "/full.sock", Disks: []BeginDisk{{Target: "vda", Scratch: s["vda"]}}}
 	if err := h.BeginBackup(t.Context(), d.UUID, b); err != nil {
@@ -472,9 +482,7 @@ func TestLabHungLibvirtd(t *testing.T) {
 	}
 }
 
-func TestLabAgent(t *testing.T) {
-	h := host(t)
-	d := guest(t, h, "agent", "qcow2:16M:fs")
+func testAgent(t *testing.T, h *Hypervisor, d Domain) {
 	status := func(want FilesystemStatus) {
 		t.Helper()
 		if got, err := h.FSStatus(t.Context(), d.UUID); err != nil || got != want {
@@ -496,6 +504,9 @@ func TestLabAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	status(Thawed)
+}
+
+func testNotRunning(t *testing.T, h *Hypervisor, d Domain) {
 	if err := h.Destroy(t.Context(), d.UUID); err != nil {
 		t.Fatal(err)
 	}

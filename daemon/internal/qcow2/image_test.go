@@ -331,16 +331,13 @@ func TestQEMUFeaturesThatAreRefused(t *testing.T) {
 	}
 }
 
-// Whatever the bytes: an error or an answer, no panic, no huge memory.
+// Whatever the bytes: an error or an answer, no panic, no huge memory. Run it
+// with -fuzzminimizetime 1x: decoders that are pooled make coverage waver.
 func FuzzOpen(f *testing.F) {
-	disk := make([]byte, 200_000)
-	text(disk[:65536], 1)
-	for _, c := range []qcow2.Compression{"none", "zlib", "zstd"} {
-		f.Add(writeImage(f, disk, qcow2.WriterOptions{Compression: c}), uint16(0), uint64(0))
-	}
+	// Small clusters make files that a fuzzer gets on with.
 	small := filepath.Join(f.TempDir(), "small")
-	for _, o := range []string{"compat=0.10", "compat=1.1"} {
-		run(f, "qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512,"+o, small, "10k")
+	for _, o := range []string{"cluster_size=512,compat=0.10", "cluster_size=512", "cluster_size=512,compression_type=zstd"} {
+		run(f, "qemu-img", "create", "-q", "-f", "qcow2", "-o", o, small, "10k")
 		run(f, "qemu-io", "-f", "qcow2", "-c", "write -c 0 512", "-c", "write 1k 1k", small)
 		b, err := os.ReadFile(small)
 		if err != nil {
@@ -362,7 +359,7 @@ func FuzzOpen(f *testing.F) {
 		if err != nil {
 			return
 		}
-		size := min(c.Size(), 1<<20)
+		size := min(c.Size(), 64<<10)
 		_ = c.Extents(0, size, func(_, _ uint64, _ qcow2.Kind) error { return nil })
 		_, _ = c.ReadAt(make([]byte, size), 0)
 	})

@@ -111,7 +111,7 @@ func TestEnds(t *testing.T) {
 			catalog.JobFailed, "RepositoryFull", []string{"broken"}},
 		"failure of the clearing up": {kind{func(context.Context, *Handle) error { return failure }, nil},
 			catalog.JobFailed, "Failed", []string{"broken", "not to be undone"}},
-		"panic":       {kind{func(context.Context, *Handle) error { panic("oops") }, nothing}, catalog.JobFailed, "Internal", []string{"oops", "job_test.go"}},
+		"panic":       {kind{func(context.Context, *Handle) error { panic("oops") }, nothing}, catalog.JobFailed, "Internal", []string{"internal error: oops"}},
 		"nil pointer": {kind{func(context.Context, *Handle) error { var h *Handle; h.Job(); return nil }, nothing}, catalog.JobFailed, "Internal", []string{"nil pointer"}},
 		"panic in the clearing up": {kind{func(context.Context, *Handle) error { return failure }, func(context.Context, *Handle) error { panic("oops") }},
 			catalog.JobFailed, "Failed", []string{"broken", "oops"}},

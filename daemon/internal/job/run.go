@@ -49,7 +49,7 @@ func (e *Engine) execute(ctx context.Context, en *entry) {
 	}
 	why := failure{h.job.ErrorName, errors.New(h.job.ErrorMessage)}
 	if !h.job.Undoing {
-		if why.err = guard(func() error { return kind.Run(ctx, h) }); why.err == nil {
+		if why.err = guard(h, func() error { return kind.Run(ctx, h) }); why.err == nil {
 			e.end(en, catalog.JobSucceeded, failure{})
 			return
 		}
@@ -74,7 +74,7 @@ func (e *Engine) undo(en *entry, kind Kind, why failure) {
 		return
 	}
 	h.failure = why.err
-	err = guard(func() error { return kind.Undo(e.base, h) })
+	err = guard(h, func() error { return kind.Undo(e.base, h) })
 	if err != nil && e.base.Err() != nil {
 		return
 	}
@@ -196,18 +196,18 @@ func errorName(ctx context.Context, err error) string {
 }
 
 // panicError is a panic of a kind: a mistake of ours, which must not take the other jobs down.
-type panicError struct {
-	value any
-	stack []byte
-}
+type panicError struct{ value any }
 
-func (p *panicError) Error() string     { return fmt.Sprintf("internal error: %v\n%s", p.value, p.stack) }
-func (p *panicError) ErrorName() string { return nameInternal }
+func (p panicError) Error() string     { return fmt.Sprintf("internal error: %v", p.value) }
+func (p panicError) ErrorName() string { return nameInternal }
 
-func guard(fn func() error) (err error) {
+// guard calls fn and makes an error of its panic. Where that was is for the
+// journal, not for those who read the job.
+func guard(h *Handle, fn func() error) (err error) {
 	defer func() {
 		if v := recover(); v != nil {
-			err = &panicError{value: v, stack: debug.Stack()}
+			h.logger.Error("the job panicked", "error", v, "stack", string(debug.Stack()))
+			err = panicError{v}
 		}
 	}()
 	return fn()

@@ -108,14 +108,15 @@ func sandboxed(t *testing.T, script, directive string) (string, error) {
 	}
 	text := regexp.MustCompile(`(?m)^(Type|BusName|ExecStart|ExecReload|Restart|WatchdogSec)=.*\n`).ReplaceAllString(string(unit), "")
 	text = strings.Replace(text, "[Service]\n", "[Service]\nType=oneshot\nExecStart=/bin/sh "+program+"\n"+directive+"\n", 1)
-	if err := os.WriteFile("/run/systemd/system/sandbox.service", []byte(text), 0o600); err != nil {
+	// A name of its own, so that systemd need not be reloaded, which others who run now would feel.
+	name := filepath.Base(directory) + ".service"
+	if err := os.WriteFile("/run/systemd/system/"+name, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	defer os.Remove("/run/systemd/system/sandbox.service")
+	defer os.Remove("/run/systemd/system/" + name)
 	command(t, "rm", "-rf", "/run/virtbackup") // preserved by the unit
-	command(t, "systemctl", "daemon-reload")
-	if out, err := exec.Command("systemctl", "start", "sandbox.service").CombinedOutput(); err != nil {
-		return string(out) + command(t, "journalctl", "--no-pager", "-n", "20", "-o", "cat", "-u", "sandbox.service"), err
+	if out, err := exec.Command("systemctl", "start", name).CombinedOutput(); err != nil {
+		return string(out) + command(t, "journalctl", "--no-pager", "-n", "20", "-o", "cat", "-u", name), err
 	}
 	return "", nil
 }

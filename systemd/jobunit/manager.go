@@ -73,12 +73,12 @@ func (m *Manager) connection() (*systemd.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot connect to systemd: %w", err)
 	}
+	updates, dropped := make(chan *systemd.PropertiesUpdate, 256), make(chan error, 1)
+	conn.SetPropertiesSubscriber(updates, dropped) // before signals come: go-systemd reads it without its lock
 	if err := conn.Subscribe(); err != nil {
 		conn.Close()
 		return nil, fmt.Errorf("cannot subscribe to systemd's signals: %w", err)
 	}
-	updates, dropped := make(chan *systemd.PropertiesUpdate, 256), make(chan error, 1)
-	conn.SetPropertiesSubscriber(updates, dropped)
 	go m.notify(updates, dropped)
 	m.conn = conn
 	return conn, nil
@@ -139,7 +139,7 @@ func (m *Manager) Start(ctx context.Context, u Unit) error {
 	if err != nil {
 		return err
 	}
-	if state.executed() {
+	if !state.Known || state.executed() {
 		return nil // and has ended already, sooner than systemd saw that it was
 	}
 	if err := m.Forget(ctx, u.Name); err != nil {

@@ -12,6 +12,7 @@ import (
 
 	godbus "github.com/godbus/dbus/v5"
 	"github.com/virtbackup/virtbackup/dbus"
+	"golang.org/x/time/rate"
 )
 
 // Request is one call that somebody made.
@@ -37,6 +38,8 @@ type Polkit struct {
 	// Limits of the time that polkitd gets to answer, without and with
 	// somebody being asked for a password.
 	quick, interactive time.Duration
+	// refusals limits how many are logged.
+	refusals *rate.Limiter
 	// prompts counts the checks that may be cancelled, to name them.
 	prompts atomic.Uint64
 }
@@ -44,7 +47,7 @@ type Polkit struct {
 // NewPolkit makes an authorizer that asks the polkitd on the bus of conn. The
 // senders to be judged must be on the same bus.
 func NewPolkit(conn *godbus.Conn, log *slog.Logger) *Polkit {
-	return &Polkit{conn: conn, log: log, quick: 10 * time.Second, interactive: 2 * time.Minute}
+	return &Polkit{conn: conn, log: log, quick: 10 * time.Second, interactive: 2 * time.Minute, refusals: rate.NewLimiter(1, 60)}
 }
 
 // Authorize returns nil when the request may go on, and dbus.ErrNotAuthorized
@@ -53,30 +56,38 @@ func (p *Polkit) Authorize(ctx context.Context, r Request) error {
 	action, ok := actionOf(r.Method)
 	switch {
 	case !ok:
-		p.log.Warn("refused a method that no action is set for", "method", r.Method, "sender", r.Sender, "uid", r.UID)
+		p.refused(r, "no action is set for it")
 		return dbus.Errorf(dbus.ErrNotAuthorized, "%s is not open to anybody", r.Method)
 	case action == ActionNone:
 		return nil
 	case action == ActionRoot:
 		if r.UID != 0 {
+			p.refused(r, "it is for root only")
 			return dbus.Errorf(dbus.ErrNotAuthorized, "%s is for root only", r.Method)
 		}
 		return nil
 	}
 	answer, err := p.check(ctx, action, r)
 	if err != nil {
-		p.log.Warn("refused a call about which polkit could not be asked",
-			"action", action, "method", r.Method, "sender", r.Sender, "uid", r.UID, "error", err)
+		p.refused(r, fmt.Sprintf("polkit could not be asked about %s: %v", action, err))
 		return dbus.Errorf(dbus.ErrNotAuthorized, "polkit could not be asked about %s: is polkitd running?", action)
 	}
 	if answer.Authorized {
 		return nil
 	}
-	p.log.Info("refused a call", "action", action, "method", r.Method, "sender", r.Sender, "uid", r.UID)
+	p.refused(r, fmt.Sprintf("polkit does not allow %s", action))
 	if answer.Challenge && !r.Interactive {
 		return dbus.Errorf(dbus.ErrNotAuthorized, "polkit wants a password for %s, and nobody can be asked here", action)
 	}
 	return dbus.Errorf(dbus.ErrNotAuthorized, "polkit does not allow %s", action)
+}
+
+// refused logs a refusal, unless there were too many of late: somebody without
+// any rights must not be able to fill the journal.
+func (p *Polkit) refused(r Request, why string) {
+	if p.refusals.Allow() {
+		p.log.Warn(fmt.Sprintf("refused %s to uid %d: %s", r.Method, r.UID, why), "method", r.Method, "uid", r.UID, "sender", r.Sender)
+	}
 }
 
 // answer is AuthorizationResult of polkit's D-Bus API.

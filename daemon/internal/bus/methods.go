@@ -90,12 +90,12 @@ func parsers() map[string]parser {
 
 // done logs a change that was asked for, and passes on how it went.
 func (s *Server) done(c Caller, what string, about dbus.Ref, err error) error {
-	log := s.config.Log.With("request", what, "object", about.String(), "uid", c.UID, "sender", c.Sender)
+	log := s.config.Log.With("object", about.String(), "uid", c.UID, "sender", c.Sender)
 	if err != nil {
-		log.Warn("request refused", "error", err)
+		log.Warn(fmt.Sprintf("uid %d asked to %s (%s), and was told no", c.UID, what, about), "error", err)
 		return err
 	}
-	log.Info("request accepted")
+	log.Info(fmt.Sprintf("uid %d asked to %s (%s)", c.UID, what, about))
 	return nil
 }
 

@@ -122,7 +122,7 @@ func (r *run) sourceFailed(ctx context.Context, cause error) error {
 	case errors.Is(err, hypervisor.ErrNoDomain):
 		return failure.Errorf(dbus.ErrFailed, "domain %q ended while it was being backed up: %w", r.Plan.DomainName, cause)
 	case err == nil && (state == hypervisor.StateShutoff || state == hypervisor.StateCrashed || state == hypervisor.StateShutdown):
-		return failure.Errorf(dbus.ErrFailed, "domain %q went %s (%s) while it was being backed up, start it and back it up again: %w", r.Plan.DomainName, state, reason, cause)
+		return failure.Errorf(dbus.ErrFailed, "domain %q stopped (%s) while it was being backed up, start it and back it up again: %w", r.Plan.DomainName, reason, cause)
 	}
 	return fmt.Errorf("cannot read the disks of domain %q: %w", r.Plan.DomainName, cause)
 }

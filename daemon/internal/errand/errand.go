@@ -4,6 +4,7 @@ package errand
 
 import (
 	"context"
+	"errors"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
@@ -26,6 +27,16 @@ func (s Sender) Repository(r catalog.Repository) transfer.RepositorySpec {
 	return transfer.RepositorySpec{
 		Path: r.Path, ID: repository.ID(r.Identity), Name: r.Name, KeyFile: s.KeyFile, MinimumFree: r.MinimumFree,
 	}
+}
+
+// Started tells whether the job has a worker that runs, or that has ended and
+// was not forgotten yet.
+func (s Sender) Started(ctx context.Context, jobID string) (bool, error) {
+	_, err := s.Supervisor.Attach(ctx, jobID)
+	if errors.Is(err, supervise.ErrNoWorker) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // Run has a worker do the whole of spec for a job, tells its progress and names

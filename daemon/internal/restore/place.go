@@ -71,7 +71,7 @@ func stagings(p Plan) []string {
 	return slices.Compact(all)
 }
 
-// makeStaging makes the job's directories, as far as they are not there yet.
+// makeStaging makes the job's directories.
 func makeStaging(p Plan) error {
 	for _, path := range stagings(p) {
 		if err := makeOne(path, p.InPlace); err != nil {
@@ -87,11 +87,7 @@ func makeOne(path string, exchange bool) error {
 		return err
 	}
 	defer parent.close()
-	err = unix.Mkdirat(parent.fd, filepath.Base(path), 0o700)
-	if errors.Is(err, unix.EEXIST) {
-		return nil // made before a restart of the daemon
-	}
-	if err != nil {
+	if err := unix.Mkdirat(parent.fd, filepath.Base(path), 0o700); err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
 	if !exchange {

@@ -132,7 +132,7 @@ func (k *Kind) copy(ctx context.Context, h *job.Handle, p Plan) error {
 	if err != nil {
 		return failure.Named(err)
 	}
-	if err := makeStaging(p); err != nil {
+	if err := k.stage(ctx, h, p); err != nil {
 		return err
 	}
 	spec := transfer.Spec{
@@ -150,6 +150,19 @@ func (k *Kind) copy(ctx context.Context, h *job.Handle, p Plan) error {
 	}
 	_, err = k.Errand.Run(ctx, h, repo, spec)
 	return err
+}
+
+// stage makes the job's directories, unless a worker is writing to them. What a
+// worker left that was forgotten before its end was recorded is written again.
+func (k *Kind) stage(ctx context.Context, h *job.Handle, p Plan) error {
+	started, err := k.Errand.Started(ctx, h.Job().ID)
+	if err != nil || started {
+		return err
+	}
+	if err := removeStaging(p); err != nil {
+		return err
+	}
+	return makeStaging(p)
 }
 
 // Undo takes back what is not finished: what is in place goes back to where it

@@ -4,24 +4,14 @@ import (
 	"fmt"
 	"io"
 	"sync"
-
-	"github.com/virtbackup/virtbackup/daemon/internal/digest"
 )
 
-// pieceSpan is how much of the file one Piece covers, in bytes: what is kept
-// for reading back stays small for a file of any size.
-const pieceSpan = 64 << 20
-
-// output writes and digests the file in sequence, on its own goroutine.
+// output writes the file in sequence, on its own goroutine.
 type output struct {
 	f       io.WriterAt
 	queue   chan chunk
 	done    chan struct{}
 	staging chan []byte
-
-	hasher digest.Hasher
-	piece  Piece // being written
-	pieces []Piece
 
 	mu  sync.Mutex
 	err error
@@ -38,9 +28,6 @@ func newOutput(f io.WriterAt) *output {
 	o := &output{f: f, queue: make(chan chunk, 1), done: make(chan struct{}), staging: make(chan []byte, 2)}
 	o.staging <- nil // two, made when first asked for: one is filled while the other is written
 	o.staging <- nil
-	// The header's place: it is written and digested in the end.
-	o.pieces = append(o.pieces, Piece{Length: clusterSize})
-	o.piece.Offset = clusterSize
 	go o.run()
 	return o
 }
@@ -52,33 +39,9 @@ func (o *output) run() {
 			if _, err := o.f.WriteAt(c.data, c.offset); err != nil {
 				o.fail(fmt.Errorf("cannot write %d bytes at %d: %w", len(c.data), c.offset, err))
 			}
-			o.digest(c.data)
 		}
 		c.release()
 	}
-	o.endPiece()
-}
-
-// digest takes whole clusters.
-func (o *output) digest(p []byte) {
-	for len(p) > 0 {
-		n := min(int64(len(p)), pieceSpan-o.piece.Length)
-		o.hasher.Write(p[:n])
-		o.piece.Length += n
-		if o.piece.Length == pieceSpan {
-			o.endPiece()
-		}
-		p = p[n:]
-	}
-}
-
-func (o *output) endPiece() {
-	if o.piece.Length == 0 {
-		return
-	}
-	o.piece.Sum = o.hasher.Sum()
-	o.pieces = append(o.pieces, o.piece)
-	o.piece = Piece{Offset: o.piece.Offset + o.piece.Length}
 }
 
 // header writes the file's first cluster, after all else.
@@ -86,7 +49,6 @@ func (o *output) header(p []byte) error {
 	if _, err := o.f.WriteAt(p, 0); err != nil {
 		return fmt.Errorf("cannot write header: %w", err)
 	}
-	o.pieces[0].Sum = digest.Sum(p)
 	return nil
 }
 

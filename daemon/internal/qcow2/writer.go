@@ -35,13 +35,6 @@ type WriterOptions struct {
 	OnCluster func(index uint64, plain []byte)
 }
 
-// Piece is a range of the file with the BLAKE3-256 of what was written there,
-// to be compared with what can be read back.
-type Piece struct {
-	Offset, Length int64
-	Sum            [32]byte
-}
-
 // Writer writes an image from the disk's beginning to its end. Data goes
 // through three stages side by side: workers digest and compress, one
 // goroutine lays clusters out in the file's order, one writes. All of the
@@ -334,7 +327,3 @@ func (w *Writer) Abort() {
 	_ = w.out.close()
 	close(w.aborted)
 }
-
-// Pieces returns what was written, without gaps from the file's beginning to
-// its end. It is complete after Finish.
-func (w *Writer) Pieces() []Piece { return w.out.pieces }

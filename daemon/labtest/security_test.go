@@ -13,7 +13,6 @@ import (
 	"testing"
 	"time"
 
-	godbus "github.com/godbus/dbus/v5"
 	"github.com/virtbackup/virtbackup/dbus"
 	"github.com/virtbackup/virtbackup/dbus/bustest"
 )
@@ -21,7 +20,9 @@ import (
 const (
 	systemBus = "unix:path=/run/dbus/system_bus_socket"
 	labuser   = 2000
-	domainXML = `<domain type="qemu"><name>NAME</name><memory>65536</memory><os><type arch="x86_64">hvm</type></os></domain>`
+	// doNotQueue is DBUS_NAME_FLAG_DO_NOT_QUEUE.
+	doNotQueue = 4
+	domainXML  = `<domain type="qemu"><name>NAME</name><memory>65536</memory><os><type arch="x86_64">hvm</type></os></domain>`
 )
 
 func command(t *testing.T, stdin, name string, args ...string) string {
@@ -77,27 +78,24 @@ func rootClient(t *testing.T) *dbus.Client {
 
 // refused tells whether polkit, or the bus before it, refused a call.
 func refused(err error) bool {
-	var remote godbus.Error
-	return errors.As(err, &remote) &&
-		(remote.Name == string(dbus.ErrNotAuthorized) || remote.Name == "org.freedesktop.DBus.Error.AccessDenied")
+	return errors.Is(err, dbus.ErrNotAuthorized) || errors.Is(err, dbus.ErrorName("org.freedesktop.DBus.Error.AccessDenied"))
 }
 
 func TestEveryIntrospectedMethodIsRefusedToAnUnprivilegedUser(t *testing.T) {
 	user := bustest.DialAs(t, systemBus, labuser)
-	domain := dbus.Ref{Kind: dbus.KindDomain, ID: defineDomain(t, "victim")}
-	paths := []godbus.ObjectPath{dbus.Root, dbus.LogControlPath, domain.Path()}
+	calls := bustest.Calls(t, user, dbus.LogControlPath)
+	for _, ref := range []dbus.Ref{{Kind: dbus.KindManager}, {Kind: dbus.KindDomain, ID: defineDomain(t, "victim")}} {
+		calls = append(calls, bustest.Calls(t, user, ref.Path())...)
+	}
 	for _, kind := range dbus.Kinds() {
-		if kind != dbus.KindManager {
-			paths = append(paths, dbus.Ref{Kind: kind, ID: "01JD8Q4M6Z3V5W7X9YABCDEFGH"}.Path())
-		}
+		nothing := dbus.Ref{Kind: kind, ID: "01JD8Q4M6Z3V5W7X9YABCDEFGH"}
+		calls = append(calls, bustest.Calls(t, user, nothing.Path())...)
 	}
 	methods := make(map[string]bool)
-	for _, path := range paths {
-		for _, c := range bustest.Calls(t, user, path) {
-			methods[c.Method] = true
-			if err := user.Object(dbus.BusName, c.Path).Call(c.Method, 0, c.Args...).Err; !refused(err) {
-				t.Errorf("%s at %s: %v", c.Method, c.Path, err)
-			}
+	for _, c := range calls {
+		methods[c.Method] = true
+		if err := c.Do(user); !refused(err) {
+			t.Errorf("%s at %s: %v", c.Method, c.Path, err)
 		}
 	}
 	interfaces, err := dbus.Interfaces()
@@ -177,7 +175,7 @@ func TestNothingIsAllowedWithoutPolkit(t *testing.T) {
 func TestNameCannotBeTaken(t *testing.T) {
 	command(t, "", "systemctl", "stop", "virtbackupd.service")
 	user := bustest.DialAs(t, systemBus, labuser)
-	if reply, err := user.RequestName(dbus.BusName, godbus.NameFlagDoNotQueue); err == nil {
+	if reply, err := user.RequestName(dbus.BusName, doNotQueue); err == nil {
 		t.Errorf("a user took the name: %v", reply)
 	}
 	if _, err := dbus.Get[dbus.ManagerProperties](t.Context(), rootClient(t), ""); err != nil {

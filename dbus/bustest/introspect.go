@@ -2,6 +2,7 @@ package bustest
 
 import (
 	"encoding/xml"
+	"errors"
 	"strings"
 	"testing"
 
@@ -15,6 +16,16 @@ type Call struct {
 	Path   godbus.ObjectPath
 	Method string
 	Args   []any
+}
+
+// Do makes the call. What the other side answers is a dbus.Error.
+func (c Call) Do(conn *godbus.Conn) error {
+	err := conn.Object(dbus.BusName, c.Path).Call(c.Method, 0, c.Args...).Err
+	var remote godbus.Error
+	if errors.As(err, &remote) {
+		return &dbus.Error{Name: dbus.ErrorName(remote.Name), Message: remote.Error()}
+	}
+	return err
 }
 
 // Calls introspects a path of virtbackupd, and returns a call of each method

@@ -1,0 +1,57 @@
+package transfer
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"testing"
+)
+
+// memoryLimit is what the worker may take, in KiB, whatever the disks' sizes.
+const memoryLimit = 128 << 10
+
+// TestMemory measures the program on big disks, side by side, compressed.
+func TestMemory(t *testing.T) {
+	program := buildWorker(t)
+	h := newHost(t)
+	var disks []disk
+	for i := range 5 {
+		d := h.disk(fmt.Sprintf("vd%c", 'a'+i), "qcow2", 64<<30)
+		d.io(h, "write -P 1 0 32M", "write -P 2 20G 32M", "write -P 3 63G 1M")
+		disks = append(disks, d)
+	}
+	id := h.id()
+	b := h.backupSpec(id, "", id, disks...)
+	stop := h.serve(b, disks...)
+	dir := h.job(Spec{Operation: OperationBackup, Backup: b})
+	h.letGo(dir)
+	checkMemory(t, program, dir)
+	stop()
+	s := &RestoreSpec{Backup: id}
+	for _, d := range disks {
+		s.Disks = append(s.Disks, RestoreDisk{Target: d.target, Directory: h.dir, Destination: d.target + ".restored", Format: FormatQcow2})
+	}
+	checkMemory(t, program, h.job(Spec{Operation: OperationRestore, Restore: s}))
+	checkMemory(t, program, h.job(Spec{Operation: OperationVerify, Backups: []string{id}}))
+	h.command("qemu-img", "compare", disks[2].path, filepath.Join(h.dir, disks[2].target+".restored"))
+}
+
+func checkMemory(t *testing.T, program, dir string) {
+	t.Helper()
+	c := exec.Command(program, dir)
+	c.Stderr = os.Stderr
+	if err := c.Run(); err != nil {
+		t.Fatal(err)
+	}
+	spec, err := ReadSpec(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	used := c.ProcessState.SysUsage().(*syscall.Rusage).Maxrss
+	t.Logf("%s: %d MiB", spec.Operation, used>>10)
+	if used > memoryLimit {
+		t.Errorf("%s took %d MiB", spec.Operation, used>>10)
+	}
+}

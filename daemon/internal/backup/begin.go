@@ -42,7 +42,7 @@ func (r *run) begin(ctx context.Context) error {
 		return err
 	}
 	if mode == quiesce.Agent && held.Consistency != quiesce.Filesystem {
-		r.job.Log(ctx, slog.LevelWarn, "the guest did not stay frozen until the point in time: the backup is crash consistent")
+		r.job.Log(ctx, slog.LevelWarn, "the guest was not frozen at the point in time, because it has no filesystem to freeze or was thawed meanwhile: the backup is crash consistent")
 	}
 	if !held.Thawed {
 		r.job.Log(ctx, slog.LevelError, "the guest is not known to be thawed yet: the watchdog goes on trying")

@@ -109,9 +109,11 @@ func Watch(ctx context.Context, guest Guest, path string, log *slog.Logger, read
 	return m.release(ctx, guest, log)
 }
 
-// settle is how long a call to hold a guest that nobody waits for any more may
-// still take effect: libvirt lets it wait 30 s for other work on the domain.
-const settle = 40 * time.Second
+// settle is how long a guest is watched after it was let go on, when the call
+// to hold it may still be under way in libvirtd. That call was dispatched
+// before ours, so it waits at most for the same lock (the domain's agent job)
+// that ours has got meanwhile, and gets it next: moments later, not more.
+const settle = 5 * time.Second
 
 // release lets the guest go on in the stead of a holder that is gone, and
 // removes the marker, whose lock we have.

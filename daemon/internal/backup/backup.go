@@ -162,14 +162,25 @@ func (k *Kind) Run(ctx context.Context, h *job.Handle) error {
 	if err != nil {
 		return err
 	}
-	if h.Job().Step != stepCopying {
+	if err := r.run(ctx); err != nil {
+		if ctx.Err() != nil { // whatever came up because of that
+			h.Logger().Debug("the backup was interrupted", "error", err)
+			return context.Cause(ctx)
+		}
+		return failure.Named(err)
+	}
+	return nil
+}
+
+func (r *run) run(ctx context.Context) error {
+	if r.job.Job().Step != stepCopying {
 		if err := r.start(ctx); err != nil {
-			return failure.Named(err)
+			return err
 		}
 	}
 	manifest, err := r.copy(ctx)
 	if err != nil {
-		return failure.Named(err)
+		return err
 	}
 	return r.finish(ctx, manifest)
 }

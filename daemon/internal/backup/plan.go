@@ -179,10 +179,10 @@ func checkState(d hypervisor.Domain) error {
 		return failure.Errorf(dbus.ErrUnsupported, "domain %q is paused because of a failure (%s): destroy or resume it first", d.Name, d.StateReason)
 	case d.State == hypervisor.StatePaused && slices.Contains([]string{"migration", "save", "dump", "shutting-down", "snapshot", "starting-up", "postcopy"}, d.StateReason):
 		return failure.Errorf(dbus.ErrBusy, "domain %q is paused by another operation (%s): try again when that is done", d.Name, d.StateReason)
-	case len(d.BlockJobs) > 0:
-		return failure.Errorf(dbus.ErrBusy, "domain %q has an active block job on %s: wait for it or end it (virsh blockjob) first", d.Name, strings.Join(d.BlockJobs, ", "))
 	case d.Job:
 		return failure.Errorf(dbus.ErrBusy, "domain %q has an active job that virtbackup did not start: wait for it or end it (virsh domjobinfo, domjobabort) first", d.Name)
+	case len(d.BlockJobs) > 0:
+		return failure.Errorf(dbus.ErrBusy, "domain %q has an active block job on %s: wait for it or end it (virsh blockjob) first", d.Name, strings.Join(d.BlockJobs, ", "))
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package digest
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"slices"
 	"testing"
@@ -66,7 +67,7 @@ func checkReader(t *rapid.T, file []byte, table *Table) {
 			t.Fatalf("block %d differs (error %v)", i, err)
 		}
 	}
-	if _, err := r.Next(); err != io.EOF {
+	if _, err := r.Next(); !errors.Is(err, io.EOF) {
 		t.Fatalf("behind the end: %v", err)
 	}
 	if root, err := r.Close(); err != nil || root != table.Root() {

@@ -147,9 +147,9 @@ func classify(err error) error {
 		libvirt.ERR_RPC:                     ErrUnavailable,
 	}[lv.Code]
 	if sentinel == nil {
-		return fmt.Errorf("libvirt: %s (code %d)", lv.Message, lv.Code)
+		return fmt.Errorf("libvirt: %s (code %d)", lv.Message, int(lv.Code))
 	}
-	return fmt.Errorf("%w: libvirt: %s (code %d)", sentinel, lv.Message, lv.Code)
+	return fmt.Errorf("%w: libvirt: %s (code %d)", sentinel, lv.Message, int(lv.Code))
 }
 
 // isCode tells whether err is libvirt's error of that number.

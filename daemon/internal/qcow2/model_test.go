@@ -211,7 +211,7 @@ func open(t *rapid.T, path string) *qcow2.Image {
 func checkChain(t *rapid.T, chain *qcow2.Chain, model []byte) {
 	size := len(model)
 	got := make([]byte, size+10)
-	if n, err := chain.ReadAt(got, 0); n != size || err != io.EOF || !bytes.Equal(got[:n], model) {
+	if n, err := chain.ReadAt(got, 0); n != size || !errors.Is(err, io.EOF) || !bytes.Equal(got[:n], model) {
 		t.Errorf("all at once: %d bytes, %v, or they differ", n, err)
 	}
 	at := uint64(0)

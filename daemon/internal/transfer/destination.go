@@ -88,7 +88,7 @@ func (d *destination) create() error {
 	if err == nil {
 		return &os.PathError{Op: "create", Path: d.path(), Err: unix.EEXIST}
 	}
-	if err != unix.ENOENT {
+	if !errors.Is(err, unix.ENOENT) {
 		return &os.PathError{Op: "create", Path: d.path(), Err: err}
 	}
 	if d.f, err = openat2(dir, ".", unix.O_TMPFILE|unix.O_RDWR, 0o600, unix.RESOLVE_BENEATH); err == nil {

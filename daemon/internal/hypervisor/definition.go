@@ -21,8 +21,7 @@ type Changes struct {
 	Description     string             // "" = as it was
 	KeepMACs        bool               // otherwise libvirt makes new ones
 	DropInterfaces  bool               // no network at all
-	Disks           map[string]NewDisk // by target; every disk of the definition is here or in SkipDisks, unless SkipOtherDisks
-	SkipDisks       []string           // targets of disks to leave out
+	Disks           map[string]NewDisk // by target; every disk of the definition is here, unless SkipOtherDisks
 	SkipOtherDisks  bool               // leave out every disk that is not in Disks (an optical or floppy drive stays, empty)
 	NVRAM           string             // path of the restored variable store; "" = libvirt makes a new one
 	BootDirectories []string           // kernel and initrd for direct boot may lie below these; none = direct boot is refused

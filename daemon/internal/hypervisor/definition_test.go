@@ -39,8 +39,8 @@ func hostileChanges() Changes {
 			"vda": {Path: "/srv/images/a <b>&'\".qcow2", Format: "qcow2"},
 			"vdb": {Path: "/dev/vg/lv", Format: "raw", Block: true},
 		},
-		SkipDisks: []string{"sda"},
-		NVRAM:     "/var/lib/libvirt/qemu/nvram/new_VARS.fd",
+		SkipOtherDisks: true,
+		NVRAM:          "/var/lib/libvirt/qemu/nvram/new_VARS.fd",
 	}
 }
 
@@ -230,6 +230,10 @@ func TestNewDefinitionDirectBoot(t *testing.T) {
 		t.Fatal(err)
 	}
 	good := file(allowed, "vmlinuz", 0o644)
+	kernel := append(make([]byte, 0x202), "HdrS"...)
+	if err := os.WriteFile(good, kernel, 0o644); err != nil {
+		t.Fatal(err)
+	}
 	for name, c := range map[string]struct{ path, want string }{
 		"good":      {good, ""},
 		"outside":   {filepath.Join(other, "secret"), "no directory"},
@@ -237,6 +241,7 @@ func TestNewDefinitionDirectBoot(t *testing.T) {
 		"link":      {link, "no directory"},
 		"missing":   {filepath.Join(allowed, "none"), "not here"},
 		"directory": {allowed + "/.", "no directory"},
+		"no kernel": {file(allowed, "other-guest.raw", 0o600), "does not look like"},
 		"writable":  {file(allowed, "writable", 0o666), "only its owner"},
 	} {
 		doc := small("<kernel>"+c.path+"</kernel><cmdline>console=ttyS0 x=/y</cmdline>", "")

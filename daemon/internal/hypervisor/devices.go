@@ -1,7 +1,9 @@
 package hypervisor
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -146,8 +148,9 @@ func (r *rebuild) forget(paths ...string) {
 }
 
 // fixBootFile allows a kernel or initrd of direct boot only where the admin
-// said so: the guest can read the whole file. Its owner says nothing, since
-// libvirt gives it to the user that QEMU runs as.
+// said so, and only what is one: the guest can read the whole file, which must
+// not be another guest's disk that lies beside it. The file's owner says
+// nothing, since libvirt gives it to the user that QEMU runs as.
 func fixBootFile(r *rebuild, _, e *element) (bool, error) {
 	path := e.text
 	if len(r.changes.BootDirectories) == 0 {
@@ -167,8 +170,40 @@ func fixBootFile(r *rebuild, _, e *element) (bool, error) {
 	if !info.Mode().IsRegular() || info.Mode().Perm()&0o022 != 0 {
 		return false, fmt.Errorf("the domain's %s %s is not a regular file that only its owner can write", e.name, path)
 	}
+	if ok, err := bootable(real, e.name); err != nil || !ok {
+		return false, errors.Join(fmt.Errorf("the domain's %s %s does not look like one", e.name, path), err)
+	}
 	e.text = real
 	return true, nil
+}
+
+// bootable tells whether a file begins as a Linux kernel (x86: the kernel's
+// boot protocol; ARM: booting.rst) or as an initramfs (cpio, compressed or not).
+func bootable(path, kind string) (bool, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return false, err
+	}
+	defer func() { _ = f.Close() }()
+	head := make([]byte, 1024)
+	n, err := io.ReadFull(f, head)
+	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
+		return false, err
+	}
+	type magic struct {
+		offset int
+		text   string
+	}
+	magics := map[string][]magic{
+		"kernel": {{0x202, "HdrS"}, {0x38, "ARM\x64"}},
+		"initrd": {{0, "070701"}, {0, "\x1f\x8b"}, {0, "\x28\xb5\x2f\xfd"}, {0, "\xfd7zXZ"}, {0, "\x02\x21\x4c\x18"}, {0, "BZh"}},
+	}
+	for _, m := range magics[kind] {
+		if strings.HasPrefix(string(head[min(m.offset, n):n]), m.text) {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 func fixDisk(r *rebuild, original, e *element) (bool, error) {
@@ -178,15 +213,13 @@ func fixDisk(r *rebuild, original, e *element) (bool, error) {
 	}
 	r.used[target] = true
 	device := e.attr("device")
-	if contains(r.changes.SkipDisks, target) {
-		return false, nil
-	}
 	k, ok := r.changes.Disks[target]
 	if !ok && (device == "cdrom" || device == "floppy") {
 		r.setDiskType(e, "file", "raw") // an empty drive
 		return true, nil
 	}
 	if !ok && r.changes.SkipOtherDisks {
+		r.drop("domain/devices/disk[" + target + "]")
 		return false, nil
 	}
 	if !ok {

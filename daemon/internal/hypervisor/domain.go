@@ -100,13 +100,16 @@ func (d Domain) Disk(target string) (Disk, bool) {
 
 var uuidPattern = regexp.MustCompile(`^[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}$`)
 
-// Lookup finds a domain by its name, or by its UUID. A name wins over a UUID.
-// The error is ErrNoDomain when there is none.
+// Lookup finds a domain by its UUID, or by its name. A UUID wins: a domain may
+// bear another's UUID as its name. The error is ErrNoDomain when there is none.
 func (h *Hypervisor) Lookup(ctx context.Context, nameOrUUID string) (Domain, error) {
 	return withConnect(ctx, h, fmt.Sprintf("look up domain %q", nameOrUUID), func(c *libvirt.Connect) (Domain, error) {
-		d, err := c.LookupDomainByName(nameOrUUID)
-		if isCode(err, libvirt.ERR_NO_DOMAIN) && uuidPattern.MatchString(nameOrUUID) {
+		d, err := (*libvirt.Domain)(nil), error(libvirt.Error{Code: libvirt.ERR_NO_DOMAIN})
+		if uuidPattern.MatchString(nameOrUUID) {
 			d, err = c.LookupDomainByUUIDString(nameOrUUID)
+		}
+		if isCode(err, libvirt.ERR_NO_DOMAIN) {
+			d, err = c.LookupDomainByName(nameOrUUID)
 		}
 		if err != nil {
 			return Domain{}, err
@@ -114,6 +117,15 @@ func (h *Hypervisor) Lookup(ctx context.Context, nameOrUUID string) (Domain, err
 		defer freeDomain(d)
 		return describe(c, d)
 	})
+}
+
+// byUUID is Lookup where a name must not be taken for the UUID.
+func (h *Hypervisor) byUUID(ctx context.Context, uuid string) (Domain, error) {
+	d, err := h.Lookup(ctx, uuid)
+	if err == nil && d.UUID != uuid {
+		return Domain{}, fmt.Errorf("cannot look up domain %s: %w", uuid, ErrNoDomain)
+	}
+	return d, err
 }
 
 // Domains returns all domains, active or not. One that vanishes meanwhile is left out.

@@ -336,6 +336,7 @@ func TestLabOneGuest(t *testing.T) {
 	t.Run("foreign job", func(t *testing.T) { testForeignJob(t, h, d) })
 	t.Run("full scratch", func(t *testing.T) { testFullScratch(t, h, d) })
 	t.Run("agent", func(t *testing.T) { testAgent(t, h, d) })
+	t.Run("hostile agent", func(t *testing.T) { testHostileAgent(t, h, d) })
 	t.Run("not running", func(t *testing.T) { testNotRunning(t, h, d) })
 }
 
@@ -504,6 +505,29 @@ func testAgent(t *testing.T, h *Hypervisor, d Domain) {
 		t.Fatal(err)
 	}
 	status(Thawed)
+}
+
+// The guest's root replaces the agent by a flood without an end of line, then
+// by silence. Both end as errors, within the time given, and libvirtd is well.
+func testHostileAgent(t *testing.T, h *Hypervisor, d Domain) {
+	run(t, "lab-domain", "exec", d.Name, "--", "sh", "-c",
+		`(sleep 1; kill -STOP $(pidof qemu-ga); head -c 300000000 /dev/zero | tr '\0' '{' >/dev/virtio-ports/org.qemu.guest_agent.0; sleep 1000) >/dev/null 2>&1 &`)
+	for failures := 0; failures < 3; {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		status, err := h.FSStatus(ctx, d.UUID)
+		cancel()
+		switch {
+		case errors.Is(err, ErrAgent):
+			failures++
+		case err != nil:
+			t.Fatal(err)
+		case status != Thawed:
+			t.Fatalf("the status is %q", status)
+		}
+	}
+	if name, _, err := h.State(t.Context(), d.UUID); err != nil || name != StateRunning {
+		t.Errorf("%s, %v", name, err)
+	}
 }
 
 func testNotRunning(t *testing.T, h *Hypervisor, d Domain) {

@@ -47,7 +47,35 @@ func (k Verify) Run(ctx context.Context, h *job.Handle) error {
 	if result == nil {
 		return err
 	}
-	return errors.Join(err, k.record(context.WithoutCancel(ctx), h, result.Backups))
+	if recorded := k.record(context.WithoutCancel(ctx), h, result.Backups); recorded != nil {
+		return errors.Join(err, recorded)
+	}
+	if err != nil {
+		return err
+	}
+	return verdict(repo.Name, result.Backups)
+}
+
+// verdict fails a job that found a backup bad: a person who asks whether a
+// backup is good gets the answer from how the job ended.
+func verdict(repository string, found []transfer.BackupState) error {
+	var bad []transfer.BackupState
+	for _, b := range found {
+		if b.Error != nil {
+			bad = append(bad, b)
+		}
+	}
+	if len(bad) == 0 {
+		return nil
+	}
+	name, first := dbus.ErrRepositoryUnavailable, bad[0]
+	for _, b := range bad {
+		if damage(b.Error.Class) {
+			name, first = dbus.ErrDamaged, b
+		}
+	}
+	return failure.Errorf(name, "%d of %d backups in repository %q cannot be trusted, as %s: %s: make a new full backup",
+		len(bad), len(found), repository, first.Backup, first.Error.Message)
 }
 
 func (k Verify) record(ctx context.Context, h *job.Handle, found []transfer.BackupState) error {

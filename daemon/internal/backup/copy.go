@@ -19,7 +19,7 @@ import (
 func (r *run) copy(ctx context.Context) (*repository.Manifest, error) {
 	worker, err := r.Errands.Supervisor.Attach(ctx, r.job.Job().ID)
 	if errors.Is(err, supervise.ErrNoWorker) {
-		return r.lookForManifest(ctx, err)
+		return r.lookForManifest(ctx, fmt.Errorf("the backup was cut off, was the host restarted? start it again: %w", err))
 	}
 	if err != nil {
 		return nil, err

@@ -17,13 +17,10 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
 )
 
-// ReconcileInterval is how often Reconcile is to be called, besides once at the
-// daemon's start, before the engine's.
-const ReconcileInterval = time.Minute
-
 // Reconcile clears up what jobs could not clear up themselves: held guests,
 // backups in libvirt, checkpoints, scratch images, sockets and workers that
-// belong to no job. It leaves alone every domain that a job works on.
+// belong to no job. It leaves alone every domain that a job works on. Call it
+// before the engine starts, and every now and then.
 func (k *Kind) Reconcile(ctx context.Context) error {
 	return errors.Join(
 		k.Quiescer.ThawLeftover(ctx),

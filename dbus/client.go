@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"strings"
 
@@ -32,6 +33,13 @@ func ConnectSystem(ctx context.Context) (*Client, error) {
 // Connect connects to the bus at a D-Bus address.
 func Connect(ctx context.Context, address string) (*Client, error) {
 	conn, err := godbus.Dial(address)
+	return hello(ctx, conn, err)
+}
+
+// ConnectPipe connects to the bus at the other end of a pipe, as that of
+// systemd-stdio-bridge(1) on another host, and takes the pipe over.
+func ConnectPipe(ctx context.Context, pipe io.ReadWriteCloser) (*Client, error) {
+	conn, err := godbus.NewConn(pipe)
 	return hello(ctx, conn, err)
 }
 

@@ -1,0 +1,234 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+func (a *app) backupCommand() *cobra.Command {
+	var o dbus.BackupOptions
+	cmd := &cobra.Command{
+		Use:   "backup DOMAIN...",
+		Short: "Back up domains",
+		Long: `Back up domains, each with the offering that it is assigned to, or ad hoc.
+
+All are started, and all are followed; the exit status is 1 if one failed.`,
+		Example: `  virtbackupctl backup web1
+  virtbackupctl backup web1 web2 --no-block
+  virtbackupctl backup web1 --repository nas --isolated --compression zstd`,
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: a.names(0, domainNames),
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.Offering, "offering", "", "use this `OFFERING`, not the one assigned")
+	f.StringVar(&o.Repository, "repository", "", "back up to this `REPOSITORY`, without an offering")
+	f.BoolVar(&o.Isolated, "isolated", false, "make a full backup that belongs to no chain")
+	f.BoolVar(&o.Full, "full", false, "make a full backup, and begin a new chain with it")
+	settings := addSettings(cmd)
+	cmd.MarkFlagsMutuallyExclusive("offering", "repository")
+	complete(cmd, "offering", a.names(0, offeringNames))
+	complete(cmd, "repository", a.names(0, repositoryNames))
+	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
+		o.Settings = settings.given(cmd)
+		return a.backup(ctx, c, args, o)
+	})
+	return cmd
+}
+
+// backup starts all before it follows any. A name that is not known starts none.
+func (a *app) backup(ctx context.Context, c *dbus.Client, names []string, o dbus.BackupOptions) error {
+	var uuids []string
+	for _, name := range names {
+		uuid, err := findDomain(ctx, c, name)
+		if err != nil {
+			return err
+		}
+		if !slices.Contains(uuids, uuid) {
+			uuids = append(uuids, uuid)
+		}
+	}
+	var ids []string
+	var refusals []error
+	for _, uuid := range uuids {
+		id, err := c.BackupDomain(ctx, uuid, o)
+		if err != nil {
+			refusals = append(refusals, err)
+			continue
+		}
+		ids = append(ids, id)
+	}
+	if len(ids) == 0 {
+		return errors.Join(refusals...)
+	}
+	jobs, err := a.finish(ctx, c, ids...)
+	return errors.Join(append(refusals, a.jsonJobs(jobs, true), err)...)
+}
+
+func (a *app) verifyCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:               "verify BACKUP",
+		Short:             "Check a backup, and all it builds on",
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: a.names(1, backupNames),
+	}
+	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
+		id, err := findBackup(ctx, c, args[0])
+		if err != nil {
+			return err
+		}
+		job, err := c.VerifyBackup(ctx, id)
+		if err != nil {
+			return err
+		}
+		return a.finishOne(ctx, c, job)
+	})
+	return cmd
+}
+
+func (a *app) finishChainCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:               "finish-chain DOMAIN",
+		Short:             "End a domain's chain: its next backup is full",
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: a.names(1, domainNames),
+	}
+	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
+		uuid, err := findDomain(ctx, c, args[0])
+		if err != nil {
+			return err
+		}
+		if err := c.FinishChain(ctx, uuid); err != nil {
+			return err
+		}
+		a.say("The next backup of %s is full.", args[0])
+		return a.jsonRecord(dbus.Get[dbus.DomainProperties](ctx, c, uuid))
+	})
+	return cmd
+}
+
+func (a *app) listCommand() *cobra.Command {
+	var filter dbus.BackupFilter
+	var since, until string
+	cmd := &cobra.Command{
+		Use:               "list [DOMAIN]",
+		Short:             "List backups, newest first",
+		Args:              cobra.MaximumNArgs(1),
+		ValidArgsFunction: a.names(1, domainNames),
+	}
+	f := cmd.Flags()
+	f.StringVar(&filter.Repository, "repository", "", "only those in this `REPOSITORY`")
+	f.StringVar(&filter.Offering, "offering", "", "only those made with this `OFFERING`")
+	f.StringVar(&filter.Chain, "chain", "", "only those of the chain with this `ID`")
+	addChoice(cmd, &filter.State, "state", "only those in this state")
+	addChoice(cmd, &filter.Kind, "kind", "only those of this kind")
+	f.StringVar(&since, "since", "", "only those not older than this `TIME`: 2026-01-31, \"2026-01-31 14:00\", 7d, 12h")
+	f.StringVar(&until, "until", "", "only those older than this `TIME`")
+	complete(cmd, "repository", a.names(0, repositoryNames))
+	complete(cmd, "offering", a.names(0, offeringNames))
+	for _, name := range []string{"chain", "since", "until"} {
+		complete(cmd, name, cobra.NoFileCompletions)
+	}
+	cmd.PreRunE = func(*cobra.Command, []string) (err error) {
+		filter.Since, filter.Until, err = period(since, until)
+		return err
+	}
+	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
+		if len(args) > 0 {
+			uuid, err := findDomain(ctx, c, args[0])
+			if err != nil {
+				return err
+			}
+			filter.Domain = uuid
+		}
+		backups, err := collect(c.Backups(ctx, filter))
+		if err != nil {
+			return err
+		}
+		return a.show(backups, func(p *page) { backupTable(p, backups) })
+	})
+	return cmd
+}
+
+// period reads --since and --until.
+func period(since, until string) (from, to *time.Time, err error) {
+	for _, one := range []struct {
+		text string
+		time **time.Time
+	}{{since, &from}, {until, &to}} {
+		if one.text == "" {
+			continue
+		}
+		t, err := parseTime(one.text, time.Now())
+		if err != nil {
+			return nil, nil, err
+		}
+		*one.time = &t
+	}
+	return from, to, nil
+}
+
+func backupTable(p *page, backups []dbus.BackupProperties) {
+	if len(backups) == 0 && p.legend {
+		p.line("No backups.")
+		return
+	}
+	var rows [][]string
+	for _, b := range backups {
+		rows = append(rows, []string{
+			b.ID, b.DomainName, moment(b.Created), backupKind(b), string(b.State), size(b.DataBytes), size(b.StoredBytes),
+			string(b.Consistency), b.Repository,
+		})
+	}
+	p.table([]string{"BACKUP", "DOMAIN", "CREATED", "KIND", "STATE", ">DATA", ">STORED", "CONSISTENCY", "REPOSITORY"}, rows)
+}
+
+func backupKind(b dbus.BackupProperties) string {
+	if b.Isolated {
+		return "isolated"
+	}
+	return string(b.Kind)
+}
+
+func backupPage(p *page, b dbus.BackupProperties) {
+	verified := moment(b.Verified)
+	if verified == "" {
+		verified = "when it was made"
+	}
+	p.fields(
+		"Backup", b.ID,
+		"Domain", fmt.Sprintf("%s (%s)", b.DomainName, b.DomainUUID),
+		"State", string(b.State),
+		"Created", moment(b.Created),
+		"Finished", moment(b.Finished),
+		"Kind", backupKind(b),
+		"Causes", strings.Join(b.Causes, "; "),
+		"Consistency", fmt.Sprintf("%s (quiesce %s)", b.Consistency, b.Quiesce),
+		"Repository", b.Repository,
+		"Offering", b.Offering,
+		"Chain", b.Chain,
+		"Parent", b.Parent,
+		"Children", strings.Join(b.Children, " "),
+		"Compression", string(b.Compression),
+		"Size", size(b.SizeBytes),
+		"Data read", size(b.DataBytes),
+		"Stored", size(b.StoredBytes),
+		"Verified", verified,
+		"Made by", fmt.Sprintf("virtbackup %s on %s", b.Version, b.Host),
+	)
+	var rows [][]string
+	for _, d := range b.Disks {
+		rows = append(rows, []string{
+			d.Target, string(d.Kind), string(d.Tracking), size(d.Size), size(d.DataBytes), size(d.StoredBytes), d.File, d.Cause,
+		})
+	}
+	p.line("")
+	p.table([]string{"DISK", "KIND", "TRACKING", ">SIZE", ">DATA", ">STORED", "FILE", "CAUSE"}, rows)
+}

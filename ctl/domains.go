@@ -1,0 +1,232 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+func (a *app) domainCommand() *cobra.Command {
+	list := &cobra.Command{Use: "list", Short: "List domains", Args: cobra.NoArgs}
+	list.RunE = a.verb(func(ctx context.Context, c *dbus.Client, _ []string) error {
+		objects, err := c.Objects(ctx)
+		if err != nil {
+			return err
+		}
+		return a.show(objects.Domains, func(p *page) { domainTable(p, objects.Domains) })
+	})
+	assign := &cobra.Command{
+		Use: "assign DOMAIN OFFERING", Short: "Assign an offering to a domain", Args: cobra.ExactArgs(2),
+		ValidArgsFunction: func(cmd *cobra.Command, args []string, word string) ([]cobra.Completion, cobra.ShellCompDirective) {
+			if len(args) == 1 {
+				return a.names(2, offeringNames)(cmd, args, word)
+			}
+			return a.names(1, domainNames)(cmd, args, word)
+		},
+	}
+	assign.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
+		uuid, err := findDomain(ctx, c, args[0])
+		if err != nil {
+			return err
+		}
+		offering, err := findOffering(ctx, c, args[1])
+		if err != nil {
+			return err
+		}
+		if err := c.AssignDomain(ctx, uuid, offering); err != nil {
+			return err
+		}
+		a.say("Domain %s is assigned to offering %s.", args[0], args[1])
+		return a.jsonRecord(dbus.Get[dbus.DomainProperties](ctx, c, uuid))
+	})
+	unassign := a.domainVerb("unassign", "Take a domain's offering away; its backups stay", func(ctx context.Context, c *dbus.Client, d dbus.DomainProperties) error {
+		if err := c.UnassignDomain(ctx, d.UUID); err != nil {
+			return err
+		}
+		a.say("Domain %s is assigned to no offering; its backups stay.", d.Name)
+		return a.jsonRecord(dbus.Get[dbus.DomainProperties](ctx, c, d.UUID))
+	})
+	show := a.domainVerb("show", "Show a domain", func(ctx context.Context, c *dbus.Client, d dbus.DomainProperties) error {
+		return a.show(d, func(p *page) { domainPage(p, d) })
+	})
+	return group("domain", "Manage domains", list, assign, unassign, show)
+}
+
+// domainVerb makes a verb that takes a domain.
+func (a *app) domainVerb(name, short string, f func(context.Context, *dbus.Client, dbus.DomainProperties) error) *cobra.Command {
+	cmd := &cobra.Command{Use: name + " DOMAIN", Short: short, Args: cobra.ExactArgs(1), ValidArgsFunction: a.names(1, domainNames)}
+	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
+		uuid, err := findDomain(ctx, c, args[0])
+		if err != nil {
+			return err
+		}
+		d, err := dbus.Get[dbus.DomainProperties](ctx, c, uuid)
+		if err != nil {
+			return err
+		}
+		return f(ctx, c, d)
+	})
+	return cmd
+}
+
+func domainTable(p *page, domains []dbus.DomainProperties) {
+	if len(domains) == 0 && p.legend {
+		p.line("No domains.")
+		return
+	}
+	var rows [][]string
+	for _, d := range domains {
+		rows = append(rows, []string{
+			d.Name, d.State, d.Offering, string(d.Protection), moment(d.LastBackupTime), strconv.FormatUint(uint64(d.ChainLength), 10), d.LastError,
+		})
+	}
+	p.table([]string{"DOMAIN", "STATE", "OFFERING", "PROTECTION", "LAST BACKUP", ">CHAIN", "ERROR"}, rows)
+}
+
+func domainPage(p *page, d dbus.DomainProperties) {
+	last, open := "", ""
+	if d.LastBackup != "" {
+		last = fmt.Sprintf("%s, %s", d.LastBackup, moment(d.LastBackupTime))
+	}
+	if d.Chain != "" {
+		open = fmt.Sprintf("%s, backups: %d", d.Chain, d.ChainLength)
+	}
+	p.fields(
+		"Domain", d.Name,
+		"UUID", d.UUID,
+		"State", d.State,
+		"Offering", d.Offering,
+		"Protection", string(d.Protection),
+		"Last backup", last,
+		"Last error", d.LastError,
+		"Chain", open,
+		"Job", d.Job,
+	)
+	var rows [][]string
+	for _, disk := range d.Disks {
+		included := "yes"
+		if !disk.Included {
+			included = "no"
+		}
+		rows = append(rows, []string{disk.Target, disk.Format, size(disk.Size), included, string(disk.Tracking), disk.Source, disk.Cause})
+	}
+	p.line("")
+	p.table([]string{"DISK", "FORMAT", ">SIZE", "INCLUDED", "TRACKING", "SOURCE", "CAUSE"}, rows)
+}
+
+func (a *app) showCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:               "show {BACKUP|DOMAIN|JOB}",
+		Short:             "Show a backup, a domain or a job",
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: a.names(1, anyNames),
+	}
+	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
+		return a.showAny(ctx, c, args[0])
+	})
+	return cmd
+}
+
+// showAny shows what has that name or id.
+func (a *app) showAny(ctx context.Context, c *dbus.Client, name string) error {
+	if uuid, err := c.FindDomain(ctx, name); err == nil {
+		d, err := dbus.Get[dbus.DomainProperties](ctx, c, uuid)
+		if err != nil {
+			return err
+		}
+		return a.show(d, func(p *page) { domainPage(p, d) })
+	} else if !isNotFound(err) {
+		return err
+	}
+	if id, err := findBackup(ctx, c, name); err == nil {
+		b, err := dbus.Get[dbus.BackupProperties](ctx, c, id)
+		if err != nil {
+			return err
+		}
+		return a.show(b, func(p *page) { backupPage(p, b) })
+	} else if !isNotFound(err) {
+		return err
+	}
+	job, err := findJob(ctx, c, name)
+	if isNotFound(err) {
+		return dbus.Errorf(dbus.ErrNotFound, "there is no domain, backup or job %q: \"virtbackupctl domain list\", \"list\" and \"jobs --all\" show them", name)
+	} else if err != nil {
+		return err
+	}
+	log, err := c.JobLog(ctx, job.ID, 0)
+	if err != nil {
+		return err
+	}
+	if a.json != jsonOff {
+		return a.jsonRecord(job, nil)
+	}
+	return a.show(nil, func(p *page) { jobPage(p, job, log) })
+}
+
+func (a *app) statusCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "status", Short: "Show the daemon, its jobs, and how domains are protected", Args: cobra.NoArgs}
+	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, _ []string) error {
+		manager, err := dbus.Get[dbus.ManagerProperties](ctx, c, "")
+		if err != nil {
+			return err
+		}
+		objects, err := c.Objects(ctx)
+		if err != nil {
+			return err
+		}
+		jobs := []dbus.JobProperties{}
+		for _, j := range objects.Jobs {
+			if !j.State.Final() {
+				jobs = append(jobs, j)
+			}
+		}
+		all := object{{"manager", manager}, {"jobs", jobs}, {"repositories", objects.Repositories}, {"domains", objects.Domains}}
+		return a.show(all, func(p *page) {
+			statusPage(p, manager)
+			if len(jobs) > 0 {
+				p.line("")
+				jobTable(p, jobs)
+			}
+			p.line("")
+			repositoryTable(p, objects.Repositories)
+			p.line("")
+			domainTable(p, objects.Domains)
+		})
+	})
+	return cmd
+}
+
+func statusPage(p *page, m dbus.ManagerProperties) {
+	libvirt := "connected"
+	if !m.LibvirtConnected {
+		libvirt = strings.TrimSuffix("not connected: "+m.LibvirtError, ": ")
+	}
+	p.fields(
+		"Daemon", fmt.Sprintf("virtbackupd %s on %s, since %s", m.Version, m.Host, moment(m.Started)),
+		"Libvirt", libvirt,
+		"Jobs", fmt.Sprintf("%d running, %d queued", m.JobsRunning, m.JobsQueued),
+	)
+}
+
+func (a *app) configCommand() *cobra.Command {
+	show := &cobra.Command{Use: "show", Short: "Show every setting of the daemon, and where it comes from", Args: cobra.NoArgs}
+	show.RunE = a.verb(func(ctx context.Context, c *dbus.Client, _ []string) error {
+		settings, err := c.EffectiveConfiguration(ctx)
+		if err != nil {
+			return err
+		}
+		return a.show(settings, func(p *page) {
+			var rows [][]string
+			for _, s := range settings {
+				rows = append(rows, []string{s.Key, s.Value, s.Source})
+			}
+			p.table([]string{"SETTING", "VALUE", "SOURCE"}, rows)
+		})
+	})
+	return group("config", "Show the daemon's configuration", show)
+}

@@ -1,0 +1,220 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+func (a *app) jobsCommand() *cobra.Command {
+	var filter dbus.JobFilter
+	var all bool
+	var since, until string
+	cmd := &cobra.Command{
+		Use:               "jobs [DOMAIN]",
+		Short:             "List the jobs that go on, newest first",
+		Args:              cobra.MaximumNArgs(1),
+		ValidArgsFunction: a.names(1, domainNames),
+	}
+	f := cmd.Flags()
+	f.BoolVar(&all, "all", false, "also those that ended")
+	addChoice(cmd, &filter.Operation, "operation", "only those that do this")
+	addChoice(cmd, &filter.State, "state", "only those in this state")
+	f.StringVar(&since, "since", "", "only those not older than this `TIME`: 2026-01-31, \"2026-01-31 14:00\", 7d, 12h")
+	f.StringVar(&until, "until", "", "only those older than this `TIME`")
+	complete(cmd, "since", cobra.NoFileCompletions)
+	complete(cmd, "until", cobra.NoFileCompletions)
+	cmd.MarkFlagsMutuallyExclusive("all", "state")
+	cmd.PreRunE = func(*cobra.Command, []string) (err error) {
+		filter.Since, filter.Until, err = period(since, until)
+		return err
+	}
+	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
+		if len(args) > 0 {
+			uuid, err := findDomain(ctx, c, args[0])
+			if err != nil {
+				return err
+			}
+			filter.Domain = uuid
+		}
+		var jobs []dbus.JobProperties
+		var err error
+		if all || filter.State != nil {
+			jobs, err = collect(c.Jobs(ctx, filter))
+		} else {
+			jobs, err = liveJobs(ctx, c, filter)
+		}
+		if err != nil {
+			return err
+		}
+		return a.show(jobs, func(p *page) {
+			if len(jobs) > 0 {
+				jobTable(p, jobs)
+			} else if p.legend && all {
+				p.line("No jobs.")
+			} else if p.legend {
+				p.line("No jobs. --all lists those that ended, too.")
+			}
+		})
+	})
+	return cmd
+}
+
+// collect reads a list to its end.
+func collect[R any](list iter.Seq2[R, error]) ([]R, error) {
+	all := []R{}
+	for one, err := range list {
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, one)
+	}
+	return all, nil
+}
+
+// liveJobs returns the jobs that have not ended, newest first.
+func liveJobs(ctx context.Context, c *dbus.Client, filter dbus.JobFilter) ([]dbus.JobProperties, error) {
+	byID := make(map[string]dbus.JobProperties)
+	// In the order in which a job passes them, so that none is missed.
+	for _, state := range []dbus.JobState{dbus.JobQueued, dbus.JobRunning, dbus.JobCancelling} {
+		filter.State = &state
+		some, err := collect(c.Jobs(ctx, filter))
+		if err != nil {
+			return nil, err
+		}
+		for _, job := range some {
+			byID[job.ID] = job
+		}
+	}
+	jobs := []dbus.JobProperties{}
+	for _, job := range byID {
+		jobs = append(jobs, job)
+	}
+	slices.SortFunc(jobs, func(x, y dbus.JobProperties) int { return cmp.Compare(y.ID, x.ID) })
+	return jobs, nil
+}
+
+func jobTable(p *page, jobs []dbus.JobProperties) {
+	var rows [][]string
+	for _, j := range jobs {
+		rows = append(rows, []string{
+			j.ID, string(j.Operation), j.DomainName, j.Repository, string(j.State), jobProgress(j), moment(j.Created), j.ErrorMessage,
+		})
+	}
+	p.table([]string{"JOB", "OPERATION", "DOMAIN", "REPOSITORY", "STATE", "PROGRESS", "CREATED", "ERROR"}, rows)
+}
+
+// jobProgress says how far a job is that goes on.
+func jobProgress(j dbus.JobProperties) string {
+	if j.State.Final() || j.State == dbus.JobQueued {
+		return ""
+	}
+	text := j.Phase
+	if j.BytesTotal > 0 {
+		text += fmt.Sprintf(" %.0f%%", j.Progress*100)
+	}
+	return strings.TrimSpace(text)
+}
+
+func (a *app) watchCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:               "watch JOB",
+		Short:             "Follow a job to its end",
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: a.names(1, jobNames),
+	}
+	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
+		job, err := findJob(ctx, c, args[0])
+		if err != nil {
+			return err
+		}
+		jobs, err := a.follow(ctx, c, []string{job.ID})
+		return errors.Join(a.jsonJobs(jobs, false), err)
+	})
+	return cmd
+}
+
+func (a *app) cancelCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "cancel JOB",
+		Short: "Stop a job",
+		Long: `Stop a job, and wait until it ended; with --no-block, do not wait.
+
+It may still succeed, when it was about to: that is told, and is the exit status 1.`,
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: a.names(1, jobNames),
+	}
+	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
+		job, err := findJob(ctx, c, args[0])
+		if err != nil {
+			return err
+		}
+		if err := c.CancelJob(ctx, job.ID); err != nil {
+			return err
+		}
+		if a.noBlock {
+			return a.jsonRecord(dbus.Get[dbus.JobProperties](ctx, c, job.ID))
+		}
+		job, err = watch(ctx, c, job.ID, func(dbus.JobUpdate) {})
+		if ctx.Err() != nil {
+			return a.detached([]string{job.ID}, []dbus.JobProperties{job})
+		}
+		if err != nil {
+			return err
+		}
+		if job.State != dbus.JobCancelled {
+			err = fmt.Errorf("%s: the job was not stopped, it %s before", title(job), job.State)
+		} else {
+			a.say("%s: cancelled", title(job))
+		}
+		return errors.Join(a.jsonRecord(job, nil), err)
+	})
+	return cmd
+}
+
+func jobPage(p *page, j dbus.JobProperties, log []dbus.LogMessage) {
+	domain := j.DomainName
+	if j.DomainUUID != "" {
+		domain = strings.TrimSpace(fmt.Sprintf("%s (%s)", j.DomainName, j.DomainUUID))
+	}
+	done := ""
+	if j.BytesTotal > 0 {
+		done = fmt.Sprintf("%s of %s", size(j.BytesDone), size(j.BytesTotal))
+	}
+	p.fields(
+		"Job", j.ID,
+		"Operation", string(j.Operation),
+		"State", string(j.State),
+		"Error", j.ErrorMessage,
+		"Warnings", strings.Join(j.Warnings, "; "),
+		"Progress", jobProgress(j),
+		"Bytes", done,
+		"Domain", domain,
+		"Repository", j.Repository,
+		"Offering", j.Offering,
+		"Backup", j.Backup,
+		"Created", moment(j.Created),
+		"Started", moment(j.Started),
+		"Finished", moment(j.Finished),
+		"User id", strconv.FormatUint(uint64(j.UID), 10),
+		"Unit", j.Unit,
+	)
+	if len(log) == 0 {
+		return
+	}
+	p.line("")
+	var rows [][]string
+	for _, m := range log {
+		rows = append(rows, []string{moment(m.Time), m.Level, m.Message})
+	}
+	p.table([]string{"TIME", "LEVEL", "MESSAGE"}, rows)
+}

@@ -1,0 +1,277 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+
+	"github.com/spf13/cobra"
+
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+// jsonRecord prints a record as the result of a verb that has no other; the
+// error is of reading it.
+func (a *app) jsonRecord(record any, err error) error {
+	if err != nil || a.json == jsonOff {
+		return err
+	}
+	return writeJSON(a.out, a.json, record)
+}
+
+func (a *app) repositoryCommand() *cobra.Command {
+	list := &cobra.Command{Use: "list", Short: "List repositories", Args: cobra.NoArgs}
+	list.RunE = a.verb(func(ctx context.Context, c *dbus.Client, _ []string) error {
+		objects, err := c.Objects(ctx)
+		if err != nil {
+			return err
+		}
+		return a.show(objects.Repositories, func(p *page) { repositoryTable(p, objects.Repositories) })
+	})
+	show := a.repositoryVerb("show", "Show a repository", func(ctx context.Context, c *dbus.Client, r dbus.RepositoryProperties) error {
+		return a.show(r, func(p *page) { repositoryPage(p, r) })
+	})
+	check := a.repositoryVerb("check", "Look at a repository again, and show it", func(ctx context.Context, c *dbus.Client, r dbus.RepositoryProperties) error {
+		job, err := c.CheckRepository(ctx, r.ID)
+		if err != nil {
+			return err
+		}
+		return a.finishOne(ctx, c, job)
+	})
+	remove := a.repositoryVerb("remove", "Forget a repository; its files stay", func(ctx context.Context, c *dbus.Client, r dbus.RepositoryProperties) error {
+		if err := c.RemoveRepository(ctx, r.ID); err != nil {
+			return err
+		}
+		a.say("Repository %s is forgotten; its files are still in %s.", r.Name, r.Path)
+		return a.jsonRecord(r, nil)
+	})
+	return group("repository", "Manage repositories", a.repositoryAddCommand(), list, show, check, remove)
+}
+
+// repositoryVerb makes a verb that takes a repository.
+func (a *app) repositoryVerb(name, short string, f func(context.Context, *dbus.Client, dbus.RepositoryProperties) error) *cobra.Command {
+	cmd := &cobra.Command{Use: name + " REPOSITORY", Short: short, Args: cobra.ExactArgs(1), ValidArgsFunction: a.names(1, repositoryNames)}
+	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
+		id, err := findRepository(ctx, c, args[0])
+		if err != nil {
+			return err
+		}
+		r, err := dbus.Get[dbus.RepositoryProperties](ctx, c, id)
+		if err != nil {
+			return err
+		}
+		return f(ctx, c, r)
+	})
+	return cmd
+}
+
+func (a *app) repositoryAddCommand() *cobra.Command {
+	var o dbus.CreateRepositoryOptions
+	var minimumFree, typ string
+	cmd := &cobra.Command{
+		Use:     "add NAME DIRECTORY",
+		Short:   "Make a directory a repository, or take one that is",
+		Example: "  virtbackupctl repository add nas /mnt/backup",
+		Args:    cobra.ExactArgs(2),
+		ValidArgsFunction: func(_ *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+			if len(args) == 1 {
+				return nil, cobra.ShellCompDirectiveFilterDirs
+			}
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&typ, "type", "dir", "kind of storage")
+	f.BoolVar(&o.Existing, "existing", false, "refuse a directory that is no repository yet")
+	f.StringVar(&minimumFree, "minimum-free", "", "leave this `SIZE` free, as 10G")
+	complete(cmd, "type", fixed("dir"))
+	complete(cmd, "minimum-free", cobra.NoFileCompletions)
+	cmd.PreRunE = func(*cobra.Command, []string) error {
+		if minimumFree == "" {
+			return nil
+		}
+		n, err := parseSize(minimumFree)
+		o.MinimumFree = &n
+		return err
+	}
+	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
+		_, job, err := c.CreateRepository(ctx, args[0], typ, args[1], o)
+		if err != nil {
+			return err
+		}
+		return a.finishOne(ctx, c, job)
+	})
+	return cmd
+}
+
+func repositoryTable(p *page, repositories []dbus.RepositoryProperties) {
+	if len(repositories) == 0 && p.legend {
+		p.line("No repositories. \"virtbackupctl repository add\" adds one.")
+		return
+	}
+	var rows [][]string
+	for _, r := range repositories {
+		rows = append(rows, []string{r.Name, r.Type, string(r.State), size(r.FreeBytes), size(r.TotalBytes), r.Path, r.StateMessage})
+	}
+	p.table([]string{"REPOSITORY", "TYPE", "STATE", ">FREE", ">TOTAL", "PATH", "MESSAGE"}, rows)
+}
+
+func repositoryPage(p *page, r dbus.RepositoryProperties) {
+	p.fields(
+		"Repository", r.Name,
+		"Id", r.ID,
+		"Type", r.Type,
+		"Path", r.Path,
+		"State", string(r.State),
+		"Message", r.StateMessage,
+		"Free", fmt.Sprintf("%s of %s", size(r.FreeBytes), size(r.TotalBytes)),
+		"Minimum free", size(r.MinimumFree),
+		"Checked", moment(r.Checked),
+		"Added", moment(r.Created),
+	)
+}
+
+func (a *app) offeringCommand() *cobra.Command {
+	list := &cobra.Command{Use: "list", Short: "List offerings", Args: cobra.NoArgs}
+	list.RunE = a.verb(func(ctx context.Context, c *dbus.Client, _ []string) error {
+		objects, err := c.Objects(ctx)
+		if err != nil {
+			return err
+		}
+		return a.show(objects.Offerings, func(p *page) { offeringTable(p, objects.Offerings) })
+	})
+	show := a.offeringVerb("show", "Show an offering", func(ctx context.Context, c *dbus.Client, o dbus.OfferingProperties) error {
+		return a.show(o, func(p *page) { offeringPage(p, o) })
+	})
+	remove := a.offeringVerb("remove", "Remove an offering that no domain has", func(ctx context.Context, c *dbus.Client, o dbus.OfferingProperties) error {
+		if err := c.RemoveOffering(ctx, o.ID); err != nil {
+			return err
+		}
+		a.say("Offering %s is removed.", o.Name)
+		return a.jsonRecord(o, nil)
+	})
+	return group("offering", "Manage offerings", a.offeringCreateCommand(), a.offeringUpdateCommand(), list, show, remove)
+}
+
+// offeringVerb makes a verb that takes an offering.
+func (a *app) offeringVerb(name, short string, f func(context.Context, *dbus.Client, dbus.OfferingProperties) error) *cobra.Command {
+	cmd := &cobra.Command{Use: name + " OFFERING", Short: short, Args: cobra.ExactArgs(1), ValidArgsFunction: a.names(1, offeringNames)}
+	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
+		id, err := findOffering(ctx, c, args[0])
+		if err != nil {
+			return err
+		}
+		o, err := dbus.Get[dbus.OfferingProperties](ctx, c, id)
+		if err != nil {
+			return err
+		}
+		return f(ctx, c, o)
+	})
+	return cmd
+}
+
+func (a *app) offeringCreateCommand() *cobra.Command {
+	var repository string
+	cmd := &cobra.Command{
+		Use:               "create NAME --repository REPOSITORY",
+		Short:             "Make an offering",
+		Example:           "  virtbackupctl offering create daily --repository nas --compression zstd --chain-size 14 --quiesce agent",
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: cobra.NoFileCompletions,
+	}
+	cmd.Flags().StringVar(&repository, "repository", "", "back up to this `REPOSITORY`")
+	complete(cmd, "repository", a.names(0, repositoryNames))
+	settings := addSettings(cmd)
+	cmd.MarkFlagsOneRequired("repository")
+	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
+		r, err := findRepository(ctx, c, repository)
+		if err != nil {
+			return err
+		}
+		id, err := c.CreateOffering(ctx, args[0], r, settings.given(cmd))
+		if err != nil {
+			return err
+		}
+		a.say("Offering %s is made. \"virtbackupctl domain assign DOMAIN %s\" assigns it.", args[0], args[0])
+		return a.jsonRecord(dbus.Get[dbus.OfferingProperties](ctx, c, id))
+	})
+	return cmd
+}
+
+func (a *app) offeringUpdateCommand() *cobra.Command {
+	var repository string
+	var settings *settingsFlags
+	var cmd *cobra.Command
+	cmd = a.offeringVerb("update", "Change an offering", func(ctx context.Context, c *dbus.Client, o dbus.OfferingProperties) error {
+		change := dbus.UpdateOfferingOptions{Settings: settings.given(cmd)}
+		if repository != "" {
+			r, err := findRepository(ctx, c, repository)
+			if err != nil {
+				return err
+			}
+			change.Repository = &r
+		}
+		if change == (dbus.UpdateOfferingOptions{}) {
+			return &usageError{errors.New("say what to change")}
+		}
+		if err := c.UpdateOffering(ctx, o.ID, change); err != nil {
+			return err
+		}
+		a.say("Offering %s is changed.", o.Name)
+		return a.jsonRecord(dbus.Get[dbus.OfferingProperties](ctx, c, o.ID))
+	})
+	cmd.Flags().StringVar(&repository, "repository", "", "back up to this `REPOSITORY`; ends the chains of its domains")
+	complete(cmd, "repository", a.names(0, repositoryNames))
+	settings = addSettings(cmd)
+	return cmd
+}
+
+func offeringTable(p *page, offerings []dbus.OfferingProperties) {
+	if len(offerings) == 0 && p.legend {
+		p.line("No offerings. \"virtbackupctl offering create\" makes one.")
+		return
+	}
+	var rows [][]string
+	for _, o := range offerings {
+		rows = append(rows, []string{
+			o.Name, o.Repository, string(o.Mode), compression(o), chainSize(o.ChainSize), string(o.Quiesce), strconv.Itoa(len(o.Domains)),
+		})
+	}
+	p.table([]string{"OFFERING", "REPOSITORY", "MODE", "COMPRESSION", ">CHAIN SIZE", "QUIESCE", ">DOMAINS"}, rows)
+}
+
+func compression(o dbus.OfferingProperties) string {
+	if o.CompressionLevel == 0 {
+		return string(o.Compression)
+	}
+	return fmt.Sprintf("%s level %d", o.Compression, o.CompressionLevel)
+}
+
+func chainSize(n uint32) string {
+	if n == 0 {
+		return "no limit"
+	}
+	return strconv.FormatUint(uint64(n), 10)
+}
+
+func offeringPage(p *page, o dbus.OfferingProperties) {
+	threads := "one per CPU"
+	if o.Threads > 0 {
+		threads = strconv.FormatUint(uint64(o.Threads), 10)
+	}
+	p.fields(
+		"Offering", o.Name,
+		"Id", o.ID,
+		"Repository", o.Repository,
+		"Mode", string(o.Mode),
+		"Compression", compression(o),
+		"Threads", threads,
+		"Chain size", chainSize(o.ChainSize),
+		"Quiesce", string(o.Quiesce),
+		"Created", moment(o.Created),
+	)
+	for _, uuid := range o.Domains {
+		p.fields("Domain", uuid)
+	}
+}

@@ -8,6 +8,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/bus"
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
 	"github.com/virtbackup/virtbackup/daemon/internal/removal"
 	"github.com/virtbackup/virtbackup/daemon/internal/restore"
@@ -19,7 +20,7 @@ import (
 func (s *Service) VerifyChain(ctx context.Context, caller bus.Caller, id string) (string, error) {
 	backups, err := s.Catalog.ChainBackups(ctx, id)
 	if err != nil {
-		return "", named(err)
+		return "", failure.Named(err)
 	}
 	var ids []string
 	for _, b := range backups {
@@ -37,7 +38,7 @@ func (s *Service) VerifyChain(ctx context.Context, caller bus.Caller, id string)
 func (s *Service) VerifyBackup(ctx context.Context, caller bus.Caller, id string) (string, error) {
 	b, err := s.Catalog.Backup(ctx, id)
 	if err != nil {
-		return "", named(err)
+		return "", failure.Named(err)
 	}
 	return s.verify(ctx, caller, b, []string{id})
 }
@@ -53,7 +54,7 @@ func (s *Service) verify(ctx context.Context, caller bus.Caller, b catalog.Backu
 func (s *Service) DeleteBackup(ctx context.Context, caller bus.Caller, id string, o dbus.DeleteBackupOptions) ([]string, string, error) {
 	b, err := s.Catalog.Backup(ctx, id)
 	if err != nil {
-		return nil, "", named(err)
+		return nil, "", failure.Named(err)
 	}
 	return s.remove(ctx, caller, b.Chain, []string{id}, o.WithChildren, o.DryRun)
 }
@@ -66,7 +67,7 @@ func (s *Service) DeleteChain(ctx context.Context, caller bus.Caller, id string,
 func (s *Service) remove(ctx context.Context, caller bus.Caller, chainID string, ids []string, withChildren, dryRun bool) ([]string, string, error) {
 	backups, err := s.Catalog.ChainBackups(ctx, chainID)
 	if err != nil {
-		return nil, "", named(err)
+		return nil, "", failure.Named(err)
 	}
 	var links []chain.Backup
 	for _, b := range backups {
@@ -110,10 +111,10 @@ func (s *Service) RestoreInPlace(ctx context.Context, caller bus.Caller, id stri
 func (s *Service) restore(ctx context.Context, caller bus.Caller, r restore.Request) (string, error) {
 	b, err := s.Catalog.Backup(ctx, r.Backup)
 	if err != nil {
-		return "", named(err)
+		return "", failure.Named(err)
 	}
 	if _, err := s.Restore.Plan(ctx, r); err != nil {
-		return "", named(err)
+		return "", failure.Named(err)
 	}
 	kind := dbus.OperationRestore
 	if r.InPlace {
@@ -144,7 +145,7 @@ func (s *Service) PlanRestore(ctx context.Context, id string, o dbus.PlanRestore
 		answer.Refusals = refused.Reasons
 		return answer, nil
 	}
-	return answer, named(err)
+	return answer, failure.Named(err)
 }
 
 // CancelJob asks a job to end.
@@ -152,7 +153,7 @@ func (s *Service) CancelJob(ctx context.Context, caller bus.Caller, id string) e
 	if err := s.Jobs.Cancel(ctx, id); errors.Is(err, catalog.ErrState) {
 		return dbus.Errorf(dbus.ErrBusy, "job %s has ended already", id)
 	} else if err != nil {
-		return named(err)
+		return failure.Named(err)
 	}
 	s.Log.Info("asked a job to end", "job", id, "uid", caller.UID)
 	return nil
@@ -162,7 +163,7 @@ func (s *Service) CancelJob(ctx context.Context, caller bus.Caller, id string) e
 func (s *Service) JobLog(ctx context.Context, id string, limit int) ([]dbus.LogMessage, error) {
 	list, err := s.Catalog.JobMessages(ctx, id)
 	if err != nil {
-		return nil, named(err)
+		return nil, failure.Named(err)
 	}
 	if limit > 0 && len(list) > limit {
 		list = list[len(list)-limit:]

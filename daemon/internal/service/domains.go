@@ -9,6 +9,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/bus"
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/dbus"
 )
@@ -140,7 +141,7 @@ func (s *Service) disks(ctx context.Context, d hypervisor.Domain, known catalog.
 func (s *Service) AssignDomain(ctx context.Context, _ bus.Caller, uuid, offering string) error {
 	d, err := s.Domains.Lookup(ctx, uuid)
 	if err != nil {
-		return named(err)
+		return failure.Named(err)
 	}
 	ref, err := s.Find(ctx, dbus.KindOffering, offering)
 	if err != nil {
@@ -148,10 +149,10 @@ func (s *Service) AssignDomain(ctx context.Context, _ bus.Caller, uuid, offering
 	}
 	o, err := s.offeringByID(ctx, ref.ID)
 	if err != nil {
-		return named(err)
+		return failure.Named(err)
 	}
 	if err := s.Catalog.AssignDomain(ctx, d.UUID, d.Name, o.Name); err != nil {
-		return named(err)
+		return failure.Named(err)
 	}
 	s.notifier.Changed(dbus.Ref{Kind: dbus.KindDomain, ID: d.UUID})
 	s.notifier.Changed(ref)
@@ -163,7 +164,7 @@ func (s *Service) UnassignDomain(ctx context.Context, caller bus.Caller, uuid st
 	if err := s.Catalog.UnassignDomain(ctx, uuid); errors.Is(err, catalog.ErrNotFound) {
 		return dbus.Errorf(dbus.ErrNotFound, "domain %s is assigned to no offering", uuid)
 	} else if err != nil {
-		return named(err)
+		return failure.Named(err)
 	}
 	return s.FinishChain(ctx, caller, uuid)
 }
@@ -172,14 +173,14 @@ func (s *Service) UnassignDomain(ctx context.Context, caller bus.Caller, uuid st
 func (s *Service) FinishChain(ctx context.Context, _ bus.Caller, uuid string) error {
 	chains, err := s.Catalog.Chains(ctx, uuid)
 	if err != nil {
-		return named(err)
+		return failure.Named(err)
 	}
 	for _, c := range chains {
 		if c.State != chain.Open {
 			continue
 		}
 		if err := s.Catalog.EndChain(ctx, c.ID, chain.Finished, chain.ChainFinished); err != nil {
-			return named(err)
+			return failure.Named(err)
 		}
 		s.notifier.Changed(dbus.Ref{Kind: dbus.KindChain, ID: c.ID})
 	}
@@ -191,14 +192,14 @@ func (s *Service) FinishChain(ctx context.Context, _ bus.Caller, uuid string) er
 func (s *Service) BackupDomain(ctx context.Context, caller bus.Caller, uuid string, o dbus.BackupOptions) (string, error) {
 	d, err := s.Domains.Lookup(ctx, uuid)
 	if err != nil {
-		return "", named(err)
+		return "", failure.Named(err)
 	}
 	r := backup.Request{Domain: d.UUID, Isolated: o.Isolated, Full: o.Full}
 	if err := s.backupSettings(ctx, d, o, &r); err != nil {
 		return "", err
 	}
 	if err := s.Catalog.SeenDomain(ctx, d.UUID, d.Name); err != nil {
-		return "", named(err)
+		return "", failure.Named(err)
 	}
 	return s.start(ctx, backup.NewJob(r, caller.UID))
 }
@@ -232,7 +233,7 @@ func (s *Service) offeringFor(ctx context.Context, d hypervisor.Domain, name str
 	if name == "" {
 		known, err := s.Catalog.Domain(ctx, d.UUID)
 		if err != nil && !errors.Is(err, catalog.ErrNotFound) {
-			return catalog.Offering{}, named(err)
+			return catalog.Offering{}, failure.Named(err)
 		}
 		if name = known.Offering; name == "" {
 			return catalog.Offering{}, dbus.Errorf(dbus.ErrInvalidArgument,
@@ -244,5 +245,5 @@ func (s *Service) offeringFor(ctx context.Context, d hypervisor.Domain, name str
 		return catalog.Offering{}, err
 	}
 	o, err := s.offeringByID(ctx, ref.ID)
-	return o, named(err)
+	return o, failure.Named(err)
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/bus"
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
 	"github.com/virtbackup/virtbackup/daemon/internal/verification"
 	"github.com/virtbackup/virtbackup/dbus"
@@ -43,7 +44,7 @@ func (s *Service) CreateRepository(ctx context.Context, caller bus.Caller, name,
 		r.MinimumFree = *o.MinimumFree
 	}
 	if err := s.Catalog.CreateRepository(ctx, r); err != nil {
-		return "", "", named(err)
+		return "", "", failure.Named(err)
 	}
 	id, err := s.submit(ctx, job.Request{
 		Kind: string(dbus.OperationCheck), Repository: r.ID, UID: caller.UID,
@@ -86,14 +87,14 @@ func (s *Service) CheckRepository(ctx context.Context, caller bus.Caller, id str
 func (s *Service) RemoveRepository(ctx context.Context, _ bus.Caller, id string) error {
 	r, err := s.Catalog.Repository(ctx, id)
 	if err != nil {
-		return named(err)
+		return failure.Named(err)
 	}
 	if slices.ContainsFunc(s.Jobs.Active(), func(j job.Status) bool { return j.Repository == id }) {
 		return dbus.Errorf(dbus.ErrBusy, "a job uses repository %q: wait for it, or cancel it", r.Name)
 	}
 	all, err := s.Catalog.Offerings(ctx)
 	if err != nil {
-		return named(err)
+		return failure.Named(err)
 	}
 	for _, o := range all {
 		if o.Repository == id {
@@ -103,7 +104,7 @@ func (s *Service) RemoveRepository(ctx context.Context, _ bus.Caller, id string)
 	if err := s.Catalog.RemoveRepository(ctx, id); errors.Is(err, catalog.ErrInUse) {
 		return dbus.Errorf(dbus.ErrBusy, "backups of repository %q are known: delete them first", r.Name)
 	} else if err != nil {
-		return named(err)
+		return failure.Named(err)
 	}
 	s.notifier.Removed(dbus.Ref{Kind: dbus.KindRepository, ID: id})
 	return nil
@@ -123,7 +124,7 @@ func (s *Service) CreateOffering(ctx context.Context, _ bus.Caller, name, reposi
 		return "", err
 	}
 	if err := s.Catalog.CreateOffering(ctx, made); err != nil {
-		return "", named(err)
+		return "", failure.Named(err)
 	}
 	s.notifier.Added(dbus.Ref{Kind: dbus.KindOffering, ID: made.ID})
 	return made.ID, nil
@@ -179,7 +180,7 @@ func fit(c catalog.Settings) error {
 func (s *Service) UpdateOffering(ctx context.Context, _ bus.Caller, id string, o dbus.UpdateOfferingOptions) error {
 	changed, err := s.offeringByID(ctx, id)
 	if err != nil {
-		return named(err)
+		return failure.Named(err)
 	}
 	if o.Repository != nil {
 		ref, err := s.Find(ctx, dbus.KindRepository, *o.Repository)
@@ -192,7 +193,7 @@ func (s *Service) UpdateOffering(ctx context.Context, _ bus.Caller, id string, o
 		return err
 	}
 	if err := s.Catalog.UpdateOffering(ctx, changed); err != nil {
-		return named(err)
+		return failure.Named(err)
 	}
 	s.notifier.Changed(dbus.Ref{Kind: dbus.KindOffering, ID: id})
 	return nil
@@ -202,17 +203,17 @@ func (s *Service) UpdateOffering(ctx context.Context, _ bus.Caller, id string, o
 func (s *Service) RemoveOffering(ctx context.Context, _ bus.Caller, id string) error {
 	o, err := s.offeringByID(ctx, id)
 	if err != nil {
-		return named(err)
+		return failure.Named(err)
 	}
 	assigned, err := s.Catalog.Domains(ctx, o.Name)
 	if err != nil {
-		return named(err)
+		return failure.Named(err)
 	}
 	if len(assigned) > 0 {
 		return dbus.Errorf(dbus.ErrBusy, "domain %q (of %d) is assigned to offering %q: unassign it first", assigned[0].Name, len(assigned), o.Name)
 	}
 	if err := s.Catalog.RemoveOffering(ctx, o.Name); err != nil {
-		return named(err)
+		return failure.Named(err)
 	}
 	s.notifier.Removed(dbus.Ref{Kind: dbus.KindOffering, ID: id})
 	return nil

@@ -8,6 +8,7 @@ import (
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/dbus"
 )
@@ -23,7 +24,7 @@ func (s *Service) Objects(ctx context.Context) ([]dbus.Record, error) {
 	} {
 		records, err := list(ctx)
 		if err != nil {
-			return nil, named(err)
+			return nil, failure.Named(err)
 		}
 		all = append(all, records...)
 	}
@@ -94,7 +95,7 @@ func (s *Service) Find(ctx context.Context, kind dbus.Kind, name string) (dbus.R
 	case errors.Is(err, catalog.ErrNotFound), errors.Is(err, hypervisor.ErrNoDomain):
 		return dbus.Ref{}, dbus.Errorf(dbus.ErrNotFound, "there is no %s %q", kind, name)
 	case err != nil:
-		return dbus.Ref{}, named(err)
+		return dbus.Ref{}, failure.Named(err)
 	}
 	return dbus.Ref{Kind: kind, ID: id}, nil
 }
@@ -188,7 +189,7 @@ func (s *Service) ListBackups(ctx context.Context, f dbus.BackupFilter, cursor s
 	}
 	list, err := s.Catalog.ListBackups(ctx, q, catalog.Page{Limit: limit, After: cursor})
 	if err != nil {
-		return nil, "", named(err)
+		return nil, "", failure.Named(err)
 	}
 	var all []dbus.BackupProperties
 	for _, b := range list {
@@ -196,11 +197,11 @@ func (s *Service) ListBackups(ctx context.Context, f dbus.BackupFilter, cursor s
 		if errors.Is(err, catalog.ErrNotFound) {
 			continue // deleted meanwhile
 		} else if err != nil {
-			return nil, "", named(err)
+			return nil, "", failure.Named(err)
 		}
 		p, err := s.backupRecord(ctx, whole)
 		if err != nil {
-			return nil, "", named(err)
+			return nil, "", failure.Named(err)
 		}
 		all = append(all, p)
 	}
@@ -231,7 +232,7 @@ func (s *Service) ListJobs(ctx context.Context, f dbus.JobFilter, cursor string,
 	}
 	list, err := s.Catalog.ListJobs(ctx, q, catalog.Page{Limit: limit, After: cursor})
 	if err != nil {
-		return nil, "", named(err)
+		return nil, "", failure.Named(err)
 	}
 	var all []dbus.JobProperties
 	for _, j := range list {
@@ -239,11 +240,11 @@ func (s *Service) ListJobs(ctx context.Context, f dbus.JobFilter, cursor string,
 		if errors.Is(err, catalog.ErrNotFound) {
 			continue // pruned meanwhile
 		} else if err != nil {
-			return nil, "", named(err)
+			return nil, "", failure.Named(err)
 		}
 		p, err := s.jobRecord(ctx, st)
 		if err != nil {
-			return nil, "", named(err)
+			return nil, "", failure.Named(err)
 		}
 		all = append(all, p)
 	}

@@ -5,8 +5,6 @@ package service
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"log/slog"
 	"regexp"
 	"sync"
@@ -15,6 +13,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/bus"
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/config"
+	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
 	"github.com/virtbackup/virtbackup/daemon/internal/restore"
@@ -126,32 +125,6 @@ func validName(what, name string) error {
 		"%q cannot be the name of %s: use 1 to 64 letters, digits, dots, underscores and dashes, and start with a letter or digit", name, what)
 }
 
-// named gives errors of the packages below the names that the API has for them.
-func named(err error) error {
-	table := []struct {
-		cause error
-		name  dbus.ErrorName
-	}{
-		{catalog.ErrNotFound, dbus.ErrNotFound},
-		{catalog.ErrExists, dbus.ErrExists},
-		{catalog.ErrInUse, dbus.ErrBusy},
-		{catalog.ErrState, dbus.ErrBusy},
-		{job.ErrTooMany, dbus.ErrLimitsExceeded},
-		{hypervisor.ErrNoDomain, dbus.ErrNotFound},
-		{hypervisor.ErrUnavailable, dbus.ErrUnavailable},
-	}
-	var already *dbus.Error
-	if err == nil || errors.As(err, &already) {
-		return err
-	}
-	for _, t := range table {
-		if errors.Is(err, t.cause) {
-			return fmt.Errorf("%w", &dbus.Error{Name: t.name, Message: err.Error()})
-		}
-	}
-	return err
-}
-
 // notFound is the answer for an object that is not there.
 func notFound(ref dbus.Ref) error {
 	return dbus.Errorf(dbus.ErrNotFound, "there is no %s", ref)
@@ -160,5 +133,5 @@ func notFound(ref dbus.Ref) error {
 // submit records a job.
 func (s *Service) submit(ctx context.Context, r job.Request) (string, error) {
 	st, err := s.Jobs.Submit(ctx, r)
-	return st.ID, named(err)
+	return st.ID, failure.Named(err)
 }

@@ -3,7 +3,6 @@ package backup
 import (
 	"context"
 	"errors"
-	"io/fs"
 	"log/slog"
 	"slices"
 	"time"
@@ -46,30 +45,14 @@ func (r *run) begin(ctx context.Context) error {
 	return r.fixed(ctx, transfer.Go{Created: at.UnixMicro(), Consistency: string(held.Consistency), Thawed: held.Thawed})
 }
 
-const (
-	thawLimit    = time.Minute // for the watchdog to end an earlier hold
-	thawInterval = 200 * time.Millisecond
-)
-
-// hold holds the guest still while libvirt begins the backup. After a restart
-// of the daemon the watchdog may still be thawing the guest: that comes first.
+// hold holds the guest still while libvirt begins the backup.
 func (r *run) hold(ctx context.Context, mode quiesce.Mode) (at time.Time, held quiesce.Result, err error) {
-	for deadline := time.Now().Add(thawLimit); ; {
-		held, err = r.Quiescer.Hold(ctx, r.Plan.Domain, mode, func(ctx context.Context) error {
-			err := r.Hypervisor.BeginBackup(ctx, r.Plan.Domain, r.Plan.begin(r.Settings().ScratchDirectory))
-			at = time.Now()
-			return err
-		})
-		if !errors.Is(err, quiesce.ErrHold) || !errors.Is(err, fs.ErrExist) || time.Now().After(deadline) {
-			return at, held, err
-		}
-		// The watchdog is another process: that its marker goes is all there is to see.
-		select {
-		case <-time.After(thawInterval):
-		case <-ctx.Done():
-			return at, held, context.Cause(ctx)
-		}
-	}
+	held, err = r.Quiescer.Hold(ctx, r.Plan.Domain, mode, func(ctx context.Context) error {
+		err := r.Hypervisor.BeginBackup(ctx, r.Plan.Domain, r.Plan.begin(r.Settings().ScratchDirectory))
+		at = time.Now()
+		return err
+	})
+	return at, held, err
 }
 
 // begun tells whether libvirt did begin the backup before the daemon was

@@ -114,7 +114,7 @@ func wholeSectors(size uint64) uint64 {
 
 func (f facts) options() chain.Options {
 	r := f.request
-	return chain.Options{Full: r.Full, Isolated: r.Isolated, Mode: r.Mode, Offering: r.Offering,
+	return chain.Options{Backup: f.backup, Full: r.Full, Isolated: r.Isolated, Mode: r.Mode, Offering: r.Offering,
 		Repository: f.repository.ID, ChainSize: r.ChainSize}
 }
 

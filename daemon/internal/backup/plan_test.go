@@ -38,7 +38,7 @@ func factsOf(d hypervisor.Domain) facts {
 // after is the facts of a domain whose last backup left a checkpoint on its qcow2 disks.
 func after(d hypervisor.Domain) facts {
 	f := factsOf(d)
-	tip := &catalog.Backup{ID: "01PARENT", State: chain.Complete}
+	tip := &catalog.Backup{ID: "01M7ABC", State: chain.Complete}
 	f.bitmaps = map[string]bool{}
 	for _, k := range d.Disks {
 		i := catalog.Image{Target: k.Target, Source: k.Source, Format: k.Format, Size: k.Capacity, Tracking: chain.None}

@@ -12,7 +12,7 @@ import (
 
 // good is a domain with one qcow2 and one raw disk, and a chain that can go on.
 func good() (Options, Domain, *Last) {
-	return Options{Mode: ModeIncremental, Offering: "daily", Repository: "r1", ChainSize: 7},
+	return Options{Backup: "b4", Mode: ModeIncremental, Offering: "daily", Repository: "r1", ChainSize: 7},
 		Domain{Disks: []Disk{
 			{Target: "vda", Source: "/d/a.qcow2", Format: "qcow2", Size: 10, Bitmap: BitmapValid},
 			{Target: "vdb", Source: "/d/b.qcow2", Format: "qcow2", Size: 20, Bitmap: BitmapValid},
@@ -52,6 +52,7 @@ func TestDecideNewChain(t *testing.T) {
 		{FullRequested, true, func(o *Options, _ *Domain, _ *Last) { o.Full = true }},
 		{RepositoryChanged, true, func(o *Options, _ *Domain, _ *Last) { o.Repository = "r2" }},
 		{OfferingChanged, true, func(o *Options, _ *Domain, _ *Last) { o.Offering = "weekly" }},
+		{ClockSetBack, true, func(o *Options, _ *Domain, _ *Last) { o.Backup = "b2" }},
 		{ChainSize, true, func(o *Options, _ *Domain, _ *Last) { o.ChainSize = 3 }},
 		{ChainSize, true, func(o *Options, _ *Domain, _ *Last) { o.ChainSize = 1 }},
 		{ChainFinished, true, func(_ *Options, _ *Domain, l *Last) { l.State = Finished }},

@@ -4,8 +4,9 @@ import "slices"
 
 // Options are what the caller and the offering ask of the next backup.
 type Options struct {
-	Full       bool // start a new chain
-	Isolated   bool // stay outside of the domain's chains
+	Backup     string // its id, a ULID
+	Full       bool   // start a new chain
+	Isolated   bool   // stay outside of the domain's chains
 	Mode       Mode
 	Offering   string // name
 	Repository string // id
@@ -139,6 +140,8 @@ func chainCause(o Options, last *Last) Cause {
 		return ParentMissing
 	case last.BackupState != Complete:
 		return ParentDamaged
+	case last.Backup >= o.Backup:
+		return ClockSetBack
 	case o.ChainSize > 0 && last.Length >= o.ChainSize:
 		return ChainSize
 	}

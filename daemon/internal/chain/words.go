@@ -68,6 +68,7 @@ const (
 	RepositoryChanged Cause = "repository-changed" // the chain is in another repository
 	ParentMissing     Cause = "parent-missing"     // the newest backup of the chain is not there (any more)
 	ParentDamaged     Cause = "parent-damaged"     // the newest backup of the chain, or one below it, is damaged
+	ClockSetBack      Cause = "clock-set-back"     // the newest backup of the chain is dated after this one, and ids must ascend
 	BackupDeleted     Cause = "backup-deleted"     // the newest backup of the chain was deleted
 	Restored          Cause = "restored"           // a backup was restored over the domain's disks
 	NoDiskTracked     Cause = "no-disk-tracked"    // every disk needs a full image, for different causes

@@ -205,6 +205,11 @@ func (r *run) start(ctx context.Context) error {
 	if begun {
 		return r.fixed(ctx, r.crashPoint())
 	}
+	if r.job.Job().Step != "" {
+		if err := r.discardLost(ctx); err != nil {
+			return err
+		}
+	}
 	if err := r.makeScratch(ctx); err != nil {
 		return err
 	}
@@ -216,6 +221,17 @@ func (r *run) start(ctx context.Context) error {
 		return failure.Worker(ctx, r.Plan.Repository.Name, err)
 	}
 	return r.begin(ctx)
+}
+
+// discardLost removes what a worker had staged that was lost with the host: a
+// new one would find its place taken.
+func (r *run) discardLost(ctx context.Context) error {
+	started, err := r.Errands.Started(ctx, r.job.Job().ID)
+	if err != nil || started {
+		return err
+	}
+	_, err = r.ask(ctx, transfer.OperationDiscard)
+	return err
 }
 
 func (r *run) progress(s transfer.Status) { r.job.Progress(s.Phase, s.Done, s.Total) }

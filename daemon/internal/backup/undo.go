@@ -32,16 +32,17 @@ func (k *Kind) Undo(ctx context.Context, h *job.Handle) error {
 		return ignoreGone(k.tidy(ctx, h.Job().Domain))
 	}
 	left, err := r.stopWorker(ctx)
-	failed := []error{err}
-	failed = append(failed, r.endBackup(ctx), r.removeScratch())
-	if err == nil {
-		failed = append(failed, r.discard(ctx, left))
-	}
+	failed := []error{err, r.endBackup(ctx), r.removeScratch()}
 	message := "unknown"
 	if h.Failure() != nil {
 		message = h.Failure().Error()
 	}
-	failed = append(failed, k.Catalog.FailBackup(ctx, r.Plan.Backup, message, time.Now()))
+	// First: what the catalog has as complete must stay in the repository.
+	recorded := k.Catalog.FailBackup(ctx, r.Plan.Backup, message, time.Now())
+	failed = append(failed, recorded)
+	if err == nil && recorded == nil {
+		failed = append(failed, r.discard(ctx, left))
+	}
 	// Last: it deletes the checkpoint of a backup that has failed.
 	failed = append(failed, ignoreGone(k.tidy(ctx, r.Plan.Domain)))
 	return errors.Join(failed...)

@@ -34,10 +34,15 @@ func (w *Worker) Gone() bool { return w.has(transfer.GoFile) }
 func (w *Worker) Ready(ctx context.Context, onStatus func(transfer.Status)) error {
 	ready := func(s transfer.Status) bool { return s.Phase == transfer.PhaseReady || w.Gone() }
 	result, err := w.follow(ctx, onStatus, ready)
-	if err == nil && result != nil && result.Error != nil {
+	switch {
+	case err != nil || result == nil:
+		return err
+	case result.Error != nil:
 		return result.Error
+	case !w.Gone():
+		return fmt.Errorf("worker of job %s ended before it was ready", w.id)
 	}
-	return err
+	return nil
 }
 
 // Follow waits for the end of the worker and gives its result, which tells also of its failures. onStatus gets each new

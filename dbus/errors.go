@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	godbus "github.com/godbus/dbus/v5"
 )
@@ -107,9 +108,12 @@ func fromCall(err error) error {
 	case "org.freedesktop.DBus.Error.AccessDenied":
 		return Errorf(ErrNotAuthorized, "the system bus refused the message: %s", remote.Error())
 	case "org.freedesktop.DBus.Error.ServiceUnknown", "org.freedesktop.DBus.Error.NameHasNoOwner",
-		"org.freedesktop.DBus.Error.NoReply", "org.freedesktop.DBus.Error.Disconnected",
-		"org.freedesktop.systemd1.NoSuchUnit":
+		"org.freedesktop.DBus.Error.NoReply", "org.freedesktop.DBus.Error.Disconnected", "org.freedesktop.DBus.Error.TimedOut":
 		return Errorf(ErrNoDaemon, "virtbackupd does not answer: %s", remote.Error())
+	}
+	// The bus, or systemd for it, could not start the daemon.
+	if strings.HasPrefix(remote.Name, "org.freedesktop.systemd1.") || strings.HasPrefix(remote.Name, "org.freedesktop.DBus.Error.Spawn.") {
+		return Errorf(ErrNoDaemon, "virtbackupd cannot be started: %s", remote.Error())
 	}
 	return &Error{Name: ErrorName(remote.Name), Message: remote.Error()}
 }

@@ -44,7 +44,9 @@ type detachedError struct{ message string }
 
 func (e *detachedError) Error() string { return e.message }
 
-// exitStatus returns what to exit with for an error of a verb.
+// exitStatus returns what to exit with for an error of a verb. What the daemon
+// calls an invalid argument is no matter of usage: it may depend on the state
+// of things, as whether a name is free.
 func exitStatus(err error) int {
 	var usage *usageError
 	var job *jobError
@@ -56,7 +58,7 @@ func exitStatus(err error) int {
 		return exitInterrupted
 	case errors.As(err, &job):
 		return exitFailed
-	case errors.As(err, &usage), errors.Is(err, dbus.ErrInvalidArgument):
+	case errors.As(err, &usage):
 		return exitUsage
 	case errors.Is(err, dbus.ErrNotFound):
 		return exitNotFound

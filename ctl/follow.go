@@ -140,7 +140,7 @@ func title(job dbus.JobProperties) string {
 	case dbus.OperationBackup:
 		return "backup of " + job.DomainName
 	case dbus.OperationRestore, dbus.OperationRestoreInPlace:
-		return fmt.Sprintf("restore of %s to %s", job.Backup, job.DomainName)
+		return "restore of " + job.Backup
 	case dbus.OperationVerify:
 		return "verify of " + job.Backup
 	case dbus.OperationDelete:

@@ -188,6 +188,9 @@ func parseTime(text string, now time.Time) (time.Time, error) {
 
 // span returns how long something took or takes.
 func span(d time.Duration) string {
+	if d < 10*time.Second {
+		return fmt.Sprintf("%.1f s", d.Seconds())
+	}
 	d = d.Round(time.Second)
 	if d < time.Minute {
 		return fmt.Sprintf("%d s", int(d.Seconds()))

@@ -39,11 +39,13 @@ func (o object) MarshalJSON() ([]byte, error) {
 		if i > 0 {
 			b.WriteByte(',')
 		}
-		value, err := json.Marshal(m.value)
-		if err != nil {
+		fmt.Fprintf(&b, "%q:", m.key)
+		// json.Marshal would escape what is special in HTML.
+		e := json.NewEncoder(&b)
+		e.SetEscapeHTML(false)
+		if err := e.Encode(m.value); err != nil {
 			return nil, err
 		}
-		fmt.Fprintf(&b, "%q:%s", m.key, value)
 	}
 	b.WriteByte('}')
 	return b.Bytes(), nil

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"time"
 
@@ -80,21 +81,12 @@ func (a *app) names(most int, list func(ctx context.Context, c *dbus.Client) ([]
 		var left []cobra.Completion
 		for _, one := range all {
 			name, _, _ := strings.Cut(one, "\t")
-			if !contains(args, name) {
+			if !slices.Contains(args, name) {
 				left = append(left, one)
 			}
 		}
 		return left, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveKeepOrder
 	}
-}
-
-func contains(args []string, name string) bool {
-	for _, arg := range args {
-		if arg == name {
-			return true
-		}
-	}
-	return false
 }
 
 func domainNames(ctx context.Context, c *dbus.Client) ([]cobra.Completion, error) {

@@ -24,6 +24,10 @@ func (k *Kind) define(ctx context.Context, h *job.Handle, r Request, s state) er
 	if err != nil {
 		return err
 	}
+	// From here on it is somebody's domain, who may have started it: nothing is taken back.
+	if err := h.Step(ctx, stepPlaced, s); err != nil {
+		return err
+	}
 	return k.settled(ctx, h, r, s)
 }
 
@@ -57,14 +61,20 @@ func (k *Kind) defineNew(ctx context.Context, h *job.Handle, r Request, s state)
 			return err
 		}
 	}
-	if _, err := k.Hypervisor.Define(ctx, definition); err != nil {
-		return err
-	}
-	return nil
+	_, err = k.Hypervisor.Define(ctx, definition)
+	return err
 }
 
 // undefine takes back what define did.
 func (k *Kind) undefine(ctx context.Context, s state) error {
+	state, _, err := k.Hypervisor.State(ctx, s.Plan.DomainUUID)
+	switch {
+	case errors.Is(err, hypervisor.ErrNoDomain):
+	case err != nil:
+		return err
+	case state != hypervisor.StateShutoff:
+		return fmt.Errorf("domain %q is %s already: it and its disks stay", s.Plan.DomainName, state)
+	}
 	if err := k.Hypervisor.Undefine(ctx, s.Plan.DomainUUID, false); err != nil {
 		return err
 	}
@@ -93,9 +103,21 @@ func (k *Kind) start(ctx context.Context, h *job.Handle, r Request, p Plan) {
 // exchange puts the restored disks in the place of the domain's. What was there
 // is given up only when all are in place.
 func (k *Kind) exchange(ctx context.Context, h *job.Handle, r Request, s state) error {
+	if err := k.exchangeAll(ctx, h, s); err != nil {
+		return err
+	}
+	return k.settled(ctx, h, r, s)
+}
+
+func (k *Kind) exchangeAll(ctx context.Context, h *job.Handle, s state) error {
 	if err := k.endChains(ctx, s.Plan.DomainUUID); err != nil {
 		return err
 	}
+	held, err := lockAll(s.Files)
+	if err != nil {
+		return failure.Errorf(dbus.ErrBusy, "cannot restore backup %s in place: %w", s.Plan.Backup, err)
+	}
+	defer held.release()
 	if err := k.unused(ctx, s.Plan); err != nil {
 		return err
 	}
@@ -108,10 +130,7 @@ func (k *Kind) exchange(ctx context.Context, h *job.Handle, r Request, s state) 
 		return err
 	}
 	// From here on nothing is taken back: with the directories the old disks go.
-	if err := h.Step(ctx, stepPlaced, s); err != nil {
-		return err
-	}
-	return k.settled(ctx, h, r, s)
+	return h.Step(ctx, stepPlaced, s)
 }
 
 // settled ends a restore whose files are all in place.

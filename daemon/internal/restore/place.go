@@ -3,6 +3,7 @@ package restore
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -17,13 +18,10 @@ import (
 type file struct {
 	Staged string `json:"staged"`
 	Final  string `json:"final"`
-	Inode  inode  `json:"inode"`
-}
-
-// inode names a file whatever it is called at the moment.
-type inode struct {
-	Device uint64 `json:"device"`
-	Number uint64 `json:"number"`
+	// Inode is its number, by which it is known in either place: both are in the
+	// same file system, whose device may have another number after a restart of
+	// the host.
+	Inode uint64 `json:"inode"`
 }
 
 // directory is an open directory. Its path is followed only once, without
@@ -45,17 +43,17 @@ func openDirectory(path string) (directory, error) {
 
 func (d directory) close() { _ = unix.Close(d.fd) }
 
-// inode returns that of a name; the zero one when there is no such name.
-func (d directory) inode(name string) (inode, error) {
+// inode returns that of a name; 0 when there is no such name.
+func (d directory) inode(name string) (uint64, error) {
 	var st unix.Stat_t
 	err := unix.Fstatat(d.fd, name, &st, unix.AT_SYMLINK_NOFOLLOW)
 	if errors.Is(err, unix.ENOENT) {
-		return inode{}, nil
+		return 0, nil
 	}
 	if err != nil {
-		return inode{}, fmt.Errorf("cannot look at %s: %w", filepath.Join(d.path, name), err)
+		return 0, fmt.Errorf("cannot look at %s: %w", filepath.Join(d.path, name), err)
 	}
-	return inode{st.Dev, st.Ino}, nil
+	return st.Ino, nil
 }
 
 // stagings returns the job's directories.
@@ -145,6 +143,30 @@ func removeStaging(p Plan) error {
 	return errors.Join(problems...)
 }
 
+// readOwn reads a file that the worker wrote. Whoever may write beside the
+// job's directory can put another in its place, but nothing of our own into it.
+func readOwn(staging, name string) ([]byte, error) {
+	d, err := openDirectory(staging)
+	if err != nil {
+		return nil, err
+	}
+	defer d.close()
+	fd, err := unix.Openat(d.fd, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("cannot open %s: %w", filepath.Join(staging, name), err)
+	}
+	f := os.NewFile(uintptr(fd), filepath.Join(staging, name))
+	defer f.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, fmt.Errorf("cannot look at %s: %w", f.Name(), err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 || int(st.Uid) != os.Geteuid() {
+		return nil, fmt.Errorf("%s is not the file that the worker wrote", f.Name())
+	}
+	return io.ReadAll(f)
+}
+
 // written lists what the worker wrote and is to stay.
 func written(p Plan) ([]file, error) {
 	var all []file
@@ -158,7 +180,7 @@ func written(p Plan) ([]file, error) {
 		if f.Inode, err = d.inode(filepath.Base(destination)); err != nil {
 			return err
 		}
-		if f.Inode == (inode{}) {
+		if f.Inode == 0 {
 			return fmt.Errorf("the worker did not write %s", f.Staged)
 		}
 		all = append(all, f)
@@ -210,7 +232,11 @@ func (f file) rename(flags uint) error {
 		if staged != f.Inode {
 			return fmt.Errorf("%s is not the file that the worker wrote", f.Staged)
 		}
-		if err := unix.Renameat2(staging.fd, filepath.Base(f.Staged), final.fd, filepath.Base(f.Final), flags); err != nil {
+		err = unix.Renameat2(staging.fd, filepath.Base(f.Staged), final.fd, filepath.Base(f.Final), flags)
+		if errors.Is(err, unix.EINVAL) && flags == unix.RENAME_NOREPLACE { // NFS does not know it
+			err = unix.Linkat(staging.fd, filepath.Base(f.Staged), final.fd, filepath.Base(f.Final), 0)
+		}
+		if err != nil {
 			return fmt.Errorf("cannot put %s into place: %w", f.Final, err)
 		}
 		return errors.Join(unix.Fsync(staging.fd), unix.Fsync(final.fd))
@@ -227,18 +253,41 @@ func (f file) exchange() error { return f.rename(unix.RENAME_EXCHANGE) }
 func exchangeBack(files []file) error {
 	var problems []error
 	for _, f := range files {
-		problems = append(problems, f.between(func(staging, final directory) error {
-			there, err := final.inode(filepath.Base(f.Final))
-			if err != nil || there != f.Inode {
-				return err
-			}
-			if err := unix.Renameat2(staging.fd, filepath.Base(f.Staged), final.fd, filepath.Base(f.Final), unix.RENAME_EXCHANGE); err != nil {
-				return fmt.Errorf("cannot bring back what %s was: it is %s now: %w", f.Final, f.Staged, err)
-			}
-			return errors.Join(unix.Fsync(staging.fd), unix.Fsync(final.fd))
-		}))
+		err := f.between(f.giveBack)
+		if errors.Is(err, unix.ENOENT) {
+			continue // the job's directory went when all was back
+		}
+		problems = append(problems, err)
 	}
 	return errors.Join(problems...)
+}
+
+func (f file) giveBack(staging, final directory) error {
+	there, err := final.inode(filepath.Base(f.Final))
+	if err != nil {
+		return err
+	}
+	staged, err := staging.inode(filepath.Base(f.Staged))
+	if err != nil {
+		return err
+	}
+	switch {
+	case there == f.Inode && staged != 0:
+	case staged == f.Inode, staged == 0 && there != f.Inode:
+		return nil // it did not change places
+	default:
+		return fmt.Errorf("cannot tell whether %s was restored: what it was may be %s", f.Final, f.Staged)
+	}
+	var held locks
+	defer held.release()
+	err = errors.Join(held.take(staging, filepath.Base(f.Staged)), held.take(final, filepath.Base(f.Final)))
+	if err == nil {
+		err = unix.Renameat2(staging.fd, filepath.Base(f.Staged), final.fd, filepath.Base(f.Final), unix.RENAME_EXCHANGE)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot bring back what %s was: it is %s now: %w", f.Final, f.Staged, err)
+	}
+	return errors.Join(unix.Fsync(staging.fd), unix.Fsync(final.fd))
 }
 
 // remove removes a file from its second place, if it is ours that is there.

@@ -210,22 +210,38 @@ func (k *Kind) destination(asked string) (string, error) {
 		}
 		asked = allowed[0]
 	}
-	real, err := filepath.EvalSymlinks(asked)
-	if err != nil {
-		return "", fmt.Errorf("destination %q: %w", asked, err)
-	}
+	refused := fmt.Errorf("destination %q is not below one of %s: choose one of these, or have it added to restore.destinations", asked, strings.Join(allowed, ", "))
+	asked = filepath.Clean(asked)
 	for _, root := range allowed {
-		if root, err := filepath.EvalSymlinks(root); err == nil && (real == root || strings.HasPrefix(real, root+"/")) {
+		realRoot, err := filepath.EvalSymlinks(root)
+		if err != nil {
+			continue
+		}
+		// Before a look at it: what there is elsewhere is not told.
+		if !beneath(root, asked) && !beneath(realRoot, asked) {
+			continue
+		}
+		real, err := filepath.EvalSymlinks(asked)
+		if err != nil {
+			return "", fmt.Errorf("destination %q: %w", asked, err)
+		}
+		if beneath(realRoot, real) {
 			return real, nil
 		}
 	}
-	return "", fmt.Errorf("destination %q is not below one of %s: choose one of these, or have it added to restore.destinations", asked, strings.Join(allowed, ", "))
+	return "", refused
+}
+
+// beneath tells whether path is directory or lies in it, by name.
+func beneath(directory, path string) bool {
+	return path == directory || strings.HasPrefix(path, strings.TrimSuffix(directory, "/")+"/")
 }
 
 // planInPlace plans the exchange of a domain's disks.
 func (k *Kind) planInPlace(ctx context.Context, b catalog.Backup, m repository.Manifest, p *Plan, no *refusals) error {
 	d, err := k.Hypervisor.Lookup(ctx, b.Domain)
-	if errors.Is(err, hypervisor.ErrNoDomain) {
+	// A domain may bear another's UUID as its name.
+	if errors.Is(err, hypervisor.ErrNoDomain) || err == nil && d.UUID != b.Domain {
 		p.DomainName, p.DomainUUID = b.DomainName, b.Domain
 		no.add("domain %q is not defined any more: restore it as a new domain", b.DomainName)
 		return nil
@@ -241,7 +257,7 @@ func (k *Kind) planInPlace(ctx context.Context, b catalog.Backup, m repository.M
 			no.add("%v", err)
 		}
 	}
-	if hasFile(m, nvramName) && d.Firmware.NVRAM != "" {
+	if hasFile(m, nvramName) && d.Firmware.NVRAM != "" && len(p.Skipped) == 0 {
 		f := OnlyFile{Name: nvramName, Placed: true}
 		if f.Destination, f.Owner, err = existing(d.Firmware.NVRAM); err == nil {
 			p.Files = append(p.Files, f)

@@ -9,7 +9,8 @@
 //	step       recorded before           then                    after a restart
 //	planned    directories are made      the worker copies       the same again
 //	placing    the first file is moved   move, define            carry on: what is in place is seen by its inode
-//	placed     the old disks go          clear up, start         the same again; nothing is taken back any more
+//	placed     the old disks go, or      clear up, start         the same again; nothing is taken back any more
+//	           the new domain starts
 package restore
 
 import (
@@ -18,7 +19,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"path/filepath"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
@@ -193,7 +193,7 @@ func (k *Kind) Undo(ctx context.Context, h *job.Handle) error {
 func definitionOf(p Plan) ([]byte, error) {
 	for _, f := range p.Files {
 		if f.Name == definitionName {
-			return os.ReadFile(filepath.Join(f.Staging, filepath.Base(f.Destination)))
+			return readOwn(f.Staging, filepath.Base(f.Destination))
 		}
 	}
 	return nil, fmt.Errorf("backup %s has no definition", p.Backup)

@@ -137,9 +137,17 @@ func (s *Service) disks(ctx context.Context, d hypervisor.Domain, known catalog.
 	return nil
 }
 
+// lookup asks libvirt for a domain. It waits for ever for a QEMU that hangs; a
+// caller is told.
+func (s *Service) lookup(ctx context.Context, nameOrUUID string) (hypervisor.Domain, error) {
+	ctx, cancel := context.WithTimeout(ctx, lookLimit)
+	defer cancel()
+	return s.Domains.Lookup(ctx, nameOrUUID)
+}
+
 // AssignDomain assigns an offering to a domain that libvirt knows.
 func (s *Service) AssignDomain(ctx context.Context, _ bus.Caller, uuid, offering string) error {
-	d, err := s.Domains.Lookup(ctx, uuid)
+	d, err := s.lookup(ctx, uuid)
 	if err != nil {
 		return failure.Named(err)
 	}
@@ -190,7 +198,7 @@ func (s *Service) FinishChain(ctx context.Context, _ bus.Caller, uuid string) er
 
 // BackupDomain starts a backup with the domain's offering, another, or ad hoc.
 func (s *Service) BackupDomain(ctx context.Context, caller bus.Caller, uuid string, o dbus.BackupOptions) (string, error) {
-	d, err := s.Domains.Lookup(ctx, uuid)
+	d, err := s.lookup(ctx, uuid)
 	if err != nil {
 		return "", failure.Named(err)
 	}

@@ -125,7 +125,7 @@ func (s *Service) find(ctx context.Context, kind dbus.Kind, name string) (string
 // findDomain asks libvirt first, which knows the newest names, and the catalog
 // for domains that are known only by their backups.
 func (s *Service) findDomain(ctx context.Context, name string) (string, error) {
-	d, err := s.Domains.Lookup(ctx, name)
+	d, err := s.lookup(ctx, name)
 	if err == nil {
 		return d.UUID, nil
 	}
@@ -153,6 +153,9 @@ func (s *Service) findDomain(ctx context.Context, name string) (string, error) {
 
 // findBackup resolves an id or the beginning of one.
 func (s *Service) findBackup(ctx context.Context, prefix string) (string, error) {
+	if prefix == "" { // it would mean any, and where there is one only, that one
+		return "", catalog.ErrNotFound
+	}
 	ids, err := s.Catalog.BackupsByPrefix(ctx, strings.ToUpper(prefix), 2)
 	if err != nil {
 		return "", err

@@ -166,8 +166,17 @@ func (s *Service) backupRecord(ctx context.Context, b catalog.Backup) (dbus.Back
 	return p, err
 }
 
-// jobs returns the live jobs and the newest of those that ended.
 func (s *Service) jobs(ctx context.Context) ([]dbus.Record, error) {
+	statuses, err := s.managed(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return records(ctx, statuses, s.jobRecord)
+}
+
+// managed returns the jobs that are managed objects: the live ones and the
+// newest of those that ended.
+func (s *Service) managed(ctx context.Context) ([]job.Status, error) {
 	list, err := s.Catalog.ListJobs(ctx, catalog.JobFilter{}, catalog.Page{Limit: managedJobs})
 	if err != nil {
 		return nil, err
@@ -178,7 +187,7 @@ func (s *Service) jobs(ctx context.Context) ([]dbus.Record, error) {
 			statuses = append(statuses, job.Status{Job: j})
 		}
 	}
-	return records(ctx, statuses, s.jobRecord)
+	return statuses, nil
 }
 
 func (s *Service) jobRecord(ctx context.Context, st job.Status) (dbus.JobProperties, error) {

@@ -2,11 +2,12 @@ package service
 
 import (
 	"context"
+	"errors"
+	"slices"
 	"time"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/bus"
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
-	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
 	"github.com/virtbackup/virtbackup/dbus"
@@ -17,7 +18,7 @@ const (
 	lookAgain = time.Minute
 	// settle lets events that come together cost one look.
 	settle = 200 * time.Millisecond
-	// lookLimit bounds how long one look waits for libvirt.
+	// lookLimit bounds how long one look at domains waits for libvirt.
 	lookLimit = 30 * time.Second
 )
 
@@ -26,7 +27,8 @@ func (s *Service) Notify(n bus.Notifier) { s.notifier = n }
 
 // Run keeps the view of the domains up to date and tells changes, until ctx ends.
 func (s *Service) Run(ctx context.Context) {
-	stop := s.Jobs.Subscribe(func(st job.Status) { s.jobChanged(ctx, st) })
+	t := s.newTold(ctx)
+	stop := s.Jobs.Subscribe(func(st job.Status) { s.jobChanged(ctx, t, st) })
 	defer stop()
 	events := s.Domains.Subscribe(ctx)
 	timer := time.NewTimer(0)
@@ -96,8 +98,35 @@ func (s *Service) tellDomains(ctx context.Context, before, now map[string]hyperv
 	}
 }
 
+// told is which objects listeners know of, of the kinds that come and go with jobs.
+type told struct {
+	jobs   map[string]bool
+	chains map[string]map[string]bool // by domain
+}
+
+// newTold is what listeners find when they begin.
+func (s *Service) newTold(ctx context.Context) *told {
+	t := &told{jobs: map[string]bool{}, chains: map[string]map[string]bool{}}
+	jobs, err := s.managed(ctx)
+	for _, j := range jobs {
+		t.jobs[j.ID] = true
+	}
+	chains, failed := s.Catalog.Chains(ctx, "")
+	for _, c := range chains {
+		if t.chains[c.Domain] == nil {
+			t.chains[c.Domain] = map[string]bool{}
+		}
+		t.chains[c.Domain][c.ID] = true
+	}
+	if err := errors.Join(err, failed); err != nil {
+		s.Log.Warn("cannot tell which jobs and chains there were", "error", err)
+	}
+	return t
+}
+
 // jobChanged tells what a job's change means for the objects around it.
-func (s *Service) jobChanged(ctx context.Context, st job.Status) {
+func (s *Service) jobChanged(ctx context.Context, t *told, st job.Status) {
+	t.jobs[st.ID] = true
 	s.notifier.Changed(dbus.Ref{Kind: dbus.KindJob, ID: st.ID})
 	s.notifier.Changed(dbus.Ref{Kind: dbus.KindManager})
 	if st.Domain != "" {
@@ -110,25 +139,50 @@ func (s *Service) jobChanged(ctx context.Context, st job.Status) {
 		s.repositoryChecked(ctx, st)
 	}
 	if st.Domain != "" {
-		s.tellChains(ctx, st.Domain)
+		s.tellChains(ctx, t, st.Domain)
 	}
 	s.notifier.JobRemoved(st.ID, dbus.JobState(st.State))
+	s.tellJobsGone(ctx, t)
 }
 
 // tellChains tells a domain's chains anew: which of them a job has touched is
 // known to the kind of job only, and a chain too many costs next to nothing.
-func (s *Service) tellChains(ctx context.Context, domain string) {
+func (s *Service) tellChains(ctx context.Context, t *told, domain string) {
 	chains, err := s.Catalog.Chains(ctx, domain)
 	if err != nil {
 		s.Log.Warn("cannot tell of the chains of a domain", "domain", domain, "error", err)
 		return
 	}
+	now := map[string]bool{}
 	for _, c := range chains {
 		ref := dbus.Ref{Kind: dbus.KindChain, ID: c.ID}
-		if c.Length == 1 && c.State == chain.Open {
+		now[c.ID] = true
+		if t.chains[domain][c.ID] {
+			s.notifier.Changed(ref)
+		} else {
 			s.notifier.Added(ref)
 		}
-		s.notifier.Changed(ref)
+	}
+	for id := range t.chains[domain] {
+		if !now[id] {
+			s.notifier.Removed(dbus.Ref{Kind: dbus.KindChain, ID: id})
+		}
+	}
+	t.chains[domain] = now
+}
+
+// tellJobsGone tells which jobs are managed objects no more, since newer ones have ended.
+func (s *Service) tellJobsGone(ctx context.Context, t *told) {
+	list, err := s.managed(ctx)
+	if err != nil {
+		s.Log.Warn("cannot tell which jobs are gone", "error", err)
+		return
+	}
+	for id := range t.jobs {
+		if !slices.ContainsFunc(list, func(st job.Status) bool { return st.ID == id }) {
+			s.notifier.Removed(dbus.Ref{Kind: dbus.KindJob, ID: id})
+			delete(t.jobs, id)
+		}
 	}
 }
 

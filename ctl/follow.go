@@ -119,7 +119,7 @@ func (a *app) outcome(ctx context.Context, c *dbus.Client, job dbus.JobPropertie
 	if a.json != jsonOff {
 		return nil
 	}
-	took := span(job.Finished.Sub(job.Started))
+	took := elapsed(job.Finished.Sub(job.Started))
 	switch job.Operation {
 	case dbus.OperationBackup:
 		// The job is done, whatever can still be read of its backup.

@@ -17,9 +17,10 @@ const (
 	labGuest      = "ctl1"
 	labRepository = "/srv/ctl-test"
 	worker        = "/usr/libexec/virtbackup/virtbackup-worker"
+	hold          = "/run/ctl-hold"
 	// held is a worker that waits while a file is there, so that a test can
 	// do something in the middle of a job, however fast jobs are.
-	held = "#!/bin/sh\nwhile [ -e /run/ctl-hold ]; do sleep 0.05; done\nexec " + worker + ".real \"$@\"\n"
+	held = "#!/bin/sh\nwhile [ -e " + hold + " ]; do sleep 0.05; done\nexec " + worker + ".real \"$@\"\n"
 )
 
 // TestScripts runs testdata/script against the installed daemon, in the order
@@ -37,6 +38,7 @@ func TestScripts(t *testing.T) {
 	testscript.RunT(inOrder{t}, testscript.Params{
 		Dir: "testdata/script",
 		Setup: func(env *testscript.Env) error {
+			_ = os.Remove(hold) // a script that failed may have left it
 			env.Setenv("REPOSITORY", labRepository)
 			env.Setenv("PATH", os.Getenv("PATH"))
 			env.Setenv("TERM", "xterm")
@@ -59,7 +61,7 @@ func holdWorkers(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		_ = os.Remove("/run/ctl-hold")
+		_ = os.Remove(hold)
 		if err := os.Rename(worker+".real", worker); err != nil {
 			t.Error(err)
 		}

@@ -213,11 +213,14 @@ func TestTimes(t *testing.T) {
 		}
 	}
 	for d, want := range map[time.Duration]string{
-		420 * time.Millisecond: "0.4 s", 42 * time.Second: "42 s", 61 * time.Second: "1 min 01 s", 3*time.Hour + 4*time.Minute: "3 h 04 min",
+		420 * time.Millisecond: "0 s", 42 * time.Second: "42 s", 61 * time.Second: "1 min 01 s", 3*time.Hour + 4*time.Minute: "3 h 04 min",
 	} {
 		if got := span(d); got != want {
 			t.Errorf("span(%v) = %q, and %q is expected", d, got, want)
 		}
+	}
+	if short, long := elapsed(420*time.Millisecond), elapsed(61*time.Second); short != "0.4 s" || long != "1 min 01 s" {
+		t.Error(short, long)
 	}
 }
 

@@ -186,19 +186,24 @@ func parseTime(text string, now time.Time) (time.Time, error) {
 	return time.Time{}, fmt.Errorf("%q is no time: say one as 2026-01-31, \"2026-01-31 14:00\", or how long ago, as 7d or 12h", text)
 }
 
-// span returns how long something took or takes.
+// span returns how long something takes.
 func span(d time.Duration) string {
-	if d < 10*time.Second {
-		return fmt.Sprintf("%.1f s", d.Seconds())
-	}
 	d = d.Round(time.Second)
-	if d < time.Minute {
+	switch {
+	case d < time.Minute:
 		return fmt.Sprintf("%d s", int(d.Seconds()))
-	}
-	if d < time.Hour {
+	case d < time.Hour:
 		return fmt.Sprintf("%d min %02d s", int(d.Minutes()), int(d.Seconds())%60)
 	}
 	return fmt.Sprintf("%d h %02d min", int(d.Hours()), int(d.Minutes())%60)
+}
+
+// elapsed returns how long something took: what was short, to the tenth.
+func elapsed(d time.Duration) string {
+	if d < 10*time.Second {
+		return fmt.Sprintf("%.1f s", d.Seconds())
+	}
+	return span(d)
 }
 
 // runPager shows a text in a pager, less unless the person has another, and

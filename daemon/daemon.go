@@ -38,8 +38,12 @@ const (
 	stopWorker    = 30 * time.Second // for a worker to clean up after a cancel
 	stopLimit     = 10 * time.Second // for calls under way when the daemon stops
 	reconcileEach = time.Minute
-	keepJobsFor   = 90 * 24 * time.Hour
-	keepJobs      = 10_000
+	// Of systemd's limit for the start: for libvirt to come up, and for what an
+	// earlier life left to be cleared up before jobs go on.
+	libvirtLimit   = 30 * time.Second
+	reconcileLimit = 15 * time.Second
+	keepJobsFor    = 90 * 24 * time.Hour
+	keepJobs       = 10_000
 )
 
 // app is virtbackupd, wired.
@@ -89,7 +93,6 @@ func (a *app) closing(what string, closer func() error) {
 
 // open opens what may be missing or broken.
 func (a *app) open(ctx context.Context) error {
-	c := a.settings.Load()
 	var err error
 	if a.catalog, err = catalog.Open(ctx, a.catalogPath()); err != nil {
 		if corrupt := new(catalog.CorruptError); !errors.As(err, &corrupt) {
@@ -100,11 +103,30 @@ func (a *app) open(ctx context.Context) error {
 	if a.units, err = jobunit.Connect(ctx); err != nil {
 		return errors.Join(err, a.catalog.Close())
 	}
-	if a.hypervisor, err = hypervisor.Connect(ctx, c.Libvirt.URI, a.log); err != nil {
+	if a.hypervisor, err = a.connect(ctx); err != nil {
 		a.units.Close()
 		return errors.Join(err, a.catalog.Close())
 	}
 	return nil
+}
+
+// connect waits for libvirt for a while: a daemon that gives up at once soon has
+// been started too often for systemd, and stays away when libvirt comes back.
+func (a *app) connect(ctx context.Context) (*hypervisor.Hypervisor, error) {
+	const interval = time.Second
+	for deadline := time.Now().Add(libvirtLimit); ; {
+		limited, cancel := context.WithDeadline(ctx, deadline)
+		h, err := hypervisor.Connect(limited, a.settings.Load().Libvirt.URI, a.log)
+		cancel()
+		if err == nil || ctx.Err() != nil || time.Until(deadline) < interval {
+			return h, err
+		}
+		a.log.Warn("cannot connect to libvirt yet", "error", err)
+		select {
+		case <-time.After(interval):
+		case <-ctx.Done():
+		}
+	}
 }
 
 // wire makes the kinds of jobs, the engine that runs them, and the service.
@@ -153,18 +175,22 @@ func (a *app) wire() {
 // lets go of what runs: workers outlive us.
 func (a *app) serve(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
+	var background sync.WaitGroup
+	defer background.Wait()
 	defer cancel()
-	if err := a.backup.Reconcile(ctx); err != nil {
-		a.log.Warn("cannot clear up what was left over; it is tried again", "error", err)
+	cleared := make(chan struct{})
+	background.Go(func() { a.reconcile(ctx, cleared) })
+	select {
+	case <-cleared:
+	case <-time.After(reconcileLimit):
+		a.log.Warn("clearing up what was left over takes long; it goes on beside the jobs")
+	case <-ctx.Done():
 	}
 	if err := a.engine.Start(ctx); err != nil {
 		return err
 	}
 	defer a.engine.Stop()
-	var background sync.WaitGroup
-	defer background.Wait()
-	defer cancel()
-	for _, f := range []func(context.Context){a.service.Run, a.reconcile, a.reloadOnHangup} {
+	for _, f := range []func(context.Context){a.service.Run, a.reloadOnHangup} {
 		background.Go(func() { f(ctx) })
 	}
 	if err := a.server.Start(ctx, a.service); err != nil {
@@ -212,18 +238,22 @@ func (a *app) notify(state string) {
 	}
 }
 
-// reconcile clears up from time to time what could not be cleared up at once.
-func (a *app) reconcile(ctx context.Context) {
+// reconcile clears up what an earlier life left, closes cleared, and from then
+// on clears up from time to time what could not be cleared up at once.
+func (a *app) reconcile(ctx context.Context, cleared chan<- struct{}) {
 	tick := time.NewTicker(reconcileEach)
 	defer tick.Stop()
-	for {
+	for first := true; ; first = false {
+		if err := a.backup.Reconcile(ctx); err != nil && ctx.Err() == nil {
+			a.log.Warn("cannot clear up what was left over; it is tried again", "error", err)
+		}
+		if first {
+			close(cleared)
+		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			if err := a.backup.Reconcile(ctx); err != nil && ctx.Err() == nil {
-				a.log.Warn("cannot clear up what was left over; it is tried again", "error", err)
-			}
 		}
 	}
 }

@@ -26,6 +26,7 @@ type diskCopy struct {
 	digests *os.File
 	parent  *storedDisk // of an increment
 
+	ahead      *writeback // of the image
 	writer     *qcow2.Writer
 	table      *digest.Writer
 	zero       [digest.SumSize]byte // of a whole block
@@ -64,6 +65,9 @@ func asParent(err error) error {
 func (d *diskCopy) close() {
 	if d.writer != nil {
 		d.writer.Abort()
+	}
+	if d.ahead != nil {
+		d.ahead.stop()
 	}
 	if d.parent != nil {
 		d.parent.close()
@@ -128,7 +132,8 @@ func (d *diskCopy) begin(ctx context.Context, p planner) error {
 	if d.Threads > 0 {
 		threads = d.Threads
 	}
-	d.writer, err = qcow2.NewWriter(countingFile{d.image, d.count}, qcow2.WriterOptions{
+	d.ahead = newWriteback(d.image)
+	d.writer, err = qcow2.NewWriter(countingFile{d.ahead, d.count}, qcow2.WriterOptions{
 		Size: d.spec.Size, ClusterSize: clusterSize, Backing: d.Manifest.Backing(*d.entry),
 		Compression: qcow2.Compression(d.Compression), Level: d.Level, Threads: threads,
 	})
@@ -298,7 +303,7 @@ func (d *diskCopy) digestContent() io.Reader { return io.NewSectionReader(d.dige
 
 // countingFile counts what is written to an image.
 type countingFile struct {
-	f     *os.File
+	f     io.WriterAt
 	count *counters
 }
 

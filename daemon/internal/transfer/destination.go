@@ -3,6 +3,7 @@ package transfer
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -167,9 +168,9 @@ func (d *destination) close(keep bool) {
 	d.f.Close()
 }
 
-func (d *diskRestore) openSink() (sink, error) {
+func (d *diskRestore) openSink(f io.WriterAt) (sink, error) {
 	if d.format == FormatQcow2 {
-		w, err := qcow2.NewWriter(d.to.f, qcow2.WriterOptions{Size: d.from.Size, ClusterSize: clusterSize})
+		w, err := qcow2.NewWriter(f, qcow2.WriterOptions{Size: d.from.Size, ClusterSize: clusterSize})
 		return qcow2Sink{w}, err
 	}
 	if !d.to.device {
@@ -177,7 +178,7 @@ func (d *diskRestore) openSink() (sink, error) {
 			return nil, err
 		}
 	}
-	return &rawSink{f: d.to.f, sparse: !d.to.device, buffers: newBuffers(readDepth)}, nil
+	return &rawSink{f: f, sparse: !d.to.device, buffers: newBuffers(readDepth)}, nil
 }
 
 type qcow2Sink struct{ w *qcow2.Writer }
@@ -192,7 +193,7 @@ func (q qcow2Sink) abort()                          { q.w.Abort() }
 // rawSink writes a raw disk. In a new file what is not written is a hole and
 // reads as zeros; on a device they are written.
 type rawSink struct {
-	f       *os.File
+	f       io.WriterAt
 	sparse  bool
 	buffers buffers
 }

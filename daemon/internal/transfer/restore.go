@@ -151,7 +151,9 @@ type sink interface {
 
 func (d *diskRestore) run(ctx context.Context) (err error) {
 	d.count.total.Store(d.from.Size)
-	if d.sink, err = d.openSink(); err != nil {
+	f := newWriteback(d.to.f)
+	defer f.stop()
+	if d.sink, err = d.openSink(f); err != nil {
 		return classify(ClassDestination, err)
 	}
 	defer d.sink.abort()

@@ -162,14 +162,7 @@ func (k *Kind) Run(ctx context.Context, h *job.Handle) error {
 	if err != nil {
 		return err
 	}
-	if err := r.run(ctx); err != nil {
-		if ctx.Err() != nil { // whatever came up because of that
-			h.Logger().Debug("the backup was interrupted", "error", err)
-			return context.Cause(ctx)
-		}
-		return failure.Named(err)
-	}
-	return nil
+	return failure.Named(r.run(ctx))
 }
 
 func (r *run) run(ctx context.Context) error {

@@ -9,6 +9,7 @@ import (
 
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/nbd"
 	"github.com/virtbackup/virtbackup/daemon/internal/quiesce"
 	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
 	"github.com/virtbackup/virtbackup/dbus"
@@ -55,28 +56,57 @@ func (r *run) hold(ctx context.Context, mode quiesce.Mode) (at time.Time, held q
 	return at, held, err
 }
 
+// beginPoll is how often libvirt is asked what became of a call whose caller
+// died: no event tells.
+const beginPoll = 50 * time.Millisecond
+
 // begun tells whether libvirt did begin the backup before the daemon was
 // restarted. A call to libvirt takes effect as a whole, also when its caller dies.
 func (r *run) begun(ctx context.Context) (bool, error) {
 	if err := r.Quiescer.ThawLeftover(ctx); err != nil {
 		return false, err
 	}
-	active, err := r.Hypervisor.BackupJob(ctx, r.Plan.Domain)
-	if err != nil {
-		return false, err
+	for {
+		active, err := r.Hypervisor.BackupJob(ctx, r.Plan.Domain)
+		if err != nil {
+			return false, err
+		}
+		names, err := r.Hypervisor.ListOurs(ctx, r.Plan.Domain)
+		if err != nil {
+			return false, err
+		}
+		made := slices.Contains(names, r.Plan.Checkpoint)
+		switch {
+		case active.Beginning:
+		case active.Socket == r.Plan.socket() && (made || r.Plan.Checkpoint == "") && r.exported(ctx):
+			return true, nil
+		case active.Socket == r.Plan.socket(): // libvirt sets it up at this moment
+		case made: // its name is used up, and what has changed since is lost
+			return false, failure.Errorf(dbus.ErrFailed, "the backup of domain %q ended while virtbackupd was restarted: start it again", r.Plan.DomainName)
+		default:
+			return false, nil
+		}
+		select {
+		case <-ctx.Done():
+			return false, context.Cause(ctx)
+		case <-time.After(beginPoll):
+		}
 	}
-	names, err := r.Hypervisor.ListOurs(ctx, r.Plan.Domain)
-	if err != nil {
-		return false, err
+}
+
+// exported tells whether QEMU offers all disks: the last thing that libvirt
+// does when it begins a backup.
+func (r *run) exported(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, callLimit)
+	defer cancel()
+	for _, d := range r.spec().Backup.Disks {
+		c, err := nbd.Dial(ctx, d.Socket, nbd.Options{Export: d.Export})
+		if err != nil {
+			return false
+		}
+		_ = c.Close()
 	}
-	made := slices.Contains(names, r.Plan.Checkpoint)
-	switch {
-	case active.Socket == r.Plan.socket() && (made || r.Plan.Checkpoint == ""):
-		return true, nil
-	case made: // its name is used up, and what has changed since is lost
-		return false, failure.Errorf(dbus.ErrFailed, "the backup of domain %q ended while virtbackupd was restarted: start it again", r.Plan.DomainName)
-	}
-	return false, nil
+	return true
 }
 
 // crashPoint is the point in time that an earlier life of the daemon fixed:

@@ -56,7 +56,7 @@ func (e *Engine) execute(ctx context.Context, en *entry) {
 		if e.base.Err() != nil {
 			return // it carries on after the restart
 		}
-		why.name = errorName(ctx, why.err)
+		why = reason(ctx, h, why.err)
 		// On disk before anything is undone: Run must not meet what Undo has begun to remove.
 		if e.insist(func(ctx context.Context) error {
 			return e.catalog.FailingJob(ctx, h.job.ID, why.name, why.err.Error())
@@ -183,16 +183,18 @@ func (e *Engine) insist(fn func(context.Context) error) error {
 	}
 }
 
-// errorName returns the name of an error for the bus.
-func errorName(ctx context.Context, err error) string {
+// reason is why a job does not succeed: because of its error, or, once it was
+// cancelled, because of that, whatever came up then.
+func reason(ctx context.Context, h *Handle, err error) failure {
 	if errors.Is(context.Cause(ctx), ErrCancelled) {
-		return nameCancelled
+		h.logger.Debug("the job was interrupted", "error", err)
+		return failure{nameCancelled, ErrCancelled}
 	}
 	var n NamedError
 	if errors.As(err, &n) {
-		return n.ErrorName()
+		return failure{n.ErrorName(), err}
 	}
-	return nameFailed
+	return failure{nameFailed, err}
 }
 
 // panicError is a panic of a kind: a mistake of ours, which must not take the other jobs down.

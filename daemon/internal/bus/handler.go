@@ -117,7 +117,7 @@ func (s *Server) handle(c call) ([]any, error) {
 	defer leave()
 	id, err := uid(ctx, s.conn, c.sender)
 	if err != nil {
-		return nil, err
+		return nil, s.refusal(err)
 	}
 	done, err = s.limits.user(id)
 	if err != nil {
@@ -129,10 +129,10 @@ func (s *Server) handle(c call) ([]any, error) {
 		Sender: c.sender, UID: id, Method: c.iface + "." + c.member, Details: details, Interactive: c.interactive,
 	}
 	if err := s.config.Authorizer.Authorize(ctx, asked); err != nil {
-		return nil, err
+		return nil, s.refusal(err)
 	}
 	if missing != nil {
-		return nil, missing
+		return nil, s.refusal(missing)
 	}
 	s.config.Log.Debug("call", "method", asked.Method, "path", c.path, "uid", id, "sender", c.sender)
 	// From here on the call is done even when its caller goes.

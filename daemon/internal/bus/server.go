@@ -128,10 +128,22 @@ func (s *Server) enter() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.stopping {
-		return dbus.Errorf(dbus.ErrNoDaemon, "virtbackupd is stopping")
+		return errStopping()
 	}
 	s.calls.Add(1)
 	return nil
+}
+
+func errStopping() error { return dbus.Errorf(dbus.ErrNoDaemon, "virtbackupd is stopping") }
+
+// refusal is what the caller is told of a call that could not be authorized.
+// Stop ends what is being asked: nobody decided then that the caller may not,
+// and it can call again when the daemon is back.
+func (s *Server) refusal(err error) error {
+	if s.asking.Err() != nil {
+		return errStopping()
+	}
+	return err
 }
 
 // Stop gives the name back, lets the calls that are being done finish until

@@ -191,6 +191,25 @@ func TestClientReadsWhatTheBackendSays(t *testing.T) {
 	}
 }
 
+// A client that follows a job must not take a restart for a refusal.
+func TestCallThatIsBeingAuthorizedWhenTheDaemonStopsIsNotRefused(t *testing.T) {
+	address := bustest.Start(t)
+	asked := make(chan struct{})
+	s := serve(t, address, newMemory(), authorize(func(ctx context.Context, _ policy.Request) error {
+		close(asked)
+		<-ctx.Done()
+		return dbus.Errorf(dbus.ErrNotAuthorized, "polkit could not be asked")
+	}))
+	c := client(t, address)
+	failed := make(chan error)
+	go func() { failed <- c.Reload(t.Context()) }()
+	<-asked
+	stop(t, s)
+	if err := <-failed; !errors.Is(err, dbus.ErrNoDaemon) {
+		t.Errorf("%v", err)
+	}
+}
+
 func TestErrorsKeepTheirNames(t *testing.T) {
 	address, m := bustest.Start(t), newMemory()
 	serve(t, address, m, authorize(everybody))

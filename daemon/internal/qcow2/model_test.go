@@ -13,10 +13,9 @@ import (
 	"sync"
 	"testing"
 
-	"github.com/virtbackup/virtbackup/daemon/internal/digest"
-	"github.com/virtbackup/virtbackup/daemon/internal/qcow2"
-	"lukechampine.com/blake3"
 	"pgregory.net/rapid"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/qcow2"
 )
 
 const cluster = 64 << 10
@@ -70,9 +69,8 @@ func noise(p []byte, seed uint64) {
 // change makes a random image out of a model of the disk, and changes the
 // model with it.
 type change struct {
-	t       *rapid.T
-	model   []byte
-	digests *digest.Table
+	t     *rapid.T
+	model []byte
 }
 
 // step writes or skips some clusters from off on, and returns where it ended.
@@ -126,13 +124,6 @@ func (c *change) write(path, backing string, compression qcow2.Compression) {
 	defer func() { _ = f.Close() }()
 	w, err := qcow2.NewWriter(&sequential{File: f}, qcow2.WriterOptions{
 		Size: uint64(len(c.model)), Backing: backing, Compression: compression, Threads: 3,
-		OnCluster: func(index uint64, plain []byte) {
-			if plain == nil {
-				c.digests.SetZero(int(index))
-				return
-			}
-			c.digests.Set(int(index), digest.Sum(plain))
-		},
 	})
 	if err != nil {
 		c.t.Fatal(err)
@@ -146,13 +137,13 @@ func (c *change) write(path, backing string, compression qcow2.Compression) {
 	}
 }
 
-// A chain of our images is what the model says: to our reader, to QEMU, and in
-// its digests; and QEMU finds no fault with it.
+// A chain of our images is what the model says, to our reader and to QEMU; and
+// QEMU finds no fault with it.
 func TestChainsEqualTheModel(t *testing.T) {
 	dir := t.TempDir()
 	rapid.Check(t, func(t *rapid.T) {
 		size := rapid.SampledFrom([]int{512, cluster, cluster + 512, 3<<20 + 512, 10 << 20, 10<<20 - 1}).Draw(t, "size")
-		c := change{t: t, model: make([]byte, size), digests: digest.New(uint64(size))}
+		c := change{t: t, model: make([]byte, size)}
 		var images []*qcow2.Image
 		var backing, path string
 		for n := range rapid.IntRange(1, 4).Draw(t, "images") {
@@ -183,11 +174,6 @@ func TestChainsEqualTheModel(t *testing.T) {
 			t.Fatal(err)
 		}
 		checkChain(t, chain, c.model)
-		for block := range c.digests.Blocks() {
-			if want := blake3.Sum256(c.model[block*cluster:][:c.digests.BlockLength(block)]); c.digests.Get(block) != want {
-				t.Errorf("digest of block %d differs", block)
-			}
-		}
 	})
 }
 

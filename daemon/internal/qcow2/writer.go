@@ -27,16 +27,10 @@ type WriterOptions struct {
 	Compression Compression // "" is none
 	Level       int         // zstd's 1…22; 0 for its default. zlib has one level only
 	Threads     int         // workers; 0 for one per CPU
-
-	// OnCluster is called once for each cluster written, with its index and
-	// its plain bytes (the last one may be short), nil for a cluster of zeros.
-	// It is called from many goroutines at once, in no order, and must not
-	// keep the bytes. It may be nil.
-	OnCluster func(index uint64, plain []byte)
 }
 
 // Writer writes an image from the disk's beginning to its end. Data goes
-// through three stages side by side: workers digest and compress, one
+// through three stages side by side: workers find zeros and compress, one
 // goroutine lays clusters out in the file's order, one writes. All of the
 // file but the header, which comes last, is written in strict sequence and
 // without gaps.
@@ -195,11 +189,6 @@ func (w *Writer) WriteZero(off, length uint64) error {
 	if err := w.advance(off, length); err != nil || length == 0 {
 		return err
 	}
-	if w.options.OnCluster != nil {
-		for at := off; at < off+length; at += clusterSize {
-			w.options.OnCluster(at>>clusterBits, nil)
-		}
-	}
 	if w.options.Backing != "" {
 		w.order <- &job{off: off, length: length, zero: true}
 	}
@@ -222,7 +211,7 @@ func (w *Writer) advance(off, length uint64) error {
 	return w.out.failure()
 }
 
-// pack is a worker's part: digests, finds zeros, compresses.
+// pack is a worker's part: finds zeros, compresses.
 func (w *Writer) pack(j *job, c compressor) error {
 	count := len(j.buffer) / clusterSize
 	j.clusters = make([]packed, count)
@@ -238,13 +227,6 @@ func (w *Writer) pack(j *job, c compressor) error {
 		plain := j.buffer[from : from+clusterSize]
 		zero := bytes.Equal(plain, zeroCluster[:])
 		j.clusters[i].zero = zero
-		if w.options.OnCluster != nil {
-			seen := plain[:min(clusterSize, int(j.length)-from)]
-			if zero {
-				seen = nil
-			}
-			w.options.OnCluster(j.off>>clusterBits+uint64(i), seen)
-		}
 		if zero || c == nil {
 			continue
 		}

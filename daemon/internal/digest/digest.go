@@ -1,17 +1,31 @@
-// Package digest keeps one BLAKE3-256 digest for each 64 KiB of a disk, so
-// that a later backup can be compared with the disk block by block without
-// reading the repository's images. A zero block's digest is that of its zeros:
-// no state is special.
+// Package digest keeps one BLAKE3-256 digest for each 64 KiB of a disk, so that
+// what is stored of it can be checked block by block, and a later backup can be
+// compared with the disk without reading images.
+//
+// The digests are the leaves of a Merkle tree with fanOut children to a node. A
+// file holds only the nodes that are news: those of zeros are known, and those
+// that an increment has in common with its parent are in the parent's file. A
+// sparse disk costs what its data costs, an increment what it changes, and
+// whoever knows the root needs to read only the path to what is asked for.
+//
+// The file, in which numbers are big endian:
+//
+//	header   magic, version, block size, fan-out, disk size
+//	nodes    children first; at level 1, which is above the blocks, the
+//	         children's sums; higher up those and where the children are
+//	trailer  where the top node is, and its sum
+//
+// A node's sum is the BLAKE3-256 of its children's sums. Where a child is says
+// its offset in this file; 0 is nowhere, because all beneath it is zeros, which
+// its sum tells, or else because it is in the parent's file.
+//
+// The root, which the manifest vouches for, is the BLAKE3-256 of the header and
+// the top node's sum: what the file says about places need not be believed, as
+// what is found there is checked.
 package digest
 
 import (
-	"bufio"
-	"bytes"
 	"encoding/binary"
-	"errors"
-	"fmt"
-	"io"
-	"sync/atomic"
 
 	"lukechampine.com/blake3"
 )
@@ -23,49 +37,28 @@ const (
 	// SumSize is the length of a digest in bytes.
 	SumSize = 32
 
-	// The file: magic, version, block size, disk size (big endian), one digest
-	// per block, and the BLAKE3-256 of all that.
-	magic      = "VBDIGEST"
-	version    = 1
-	headerSize = len(magic) + 4 + 4 + 8
-	pageBlocks = 1024
+	magic       = "VBDIGEST"
+	version     = 2
+	headerSize  = len(magic) + 4 + 4 + 4 + 8
+	placeSize   = 8
+	trailerSize = placeSize + SumSize
+
+	// A change costs a node of each level. With 64 children that is 12 KiB for
+	// one block of a disk of 2 TiB, and at most 5 MiB for 1024 blocks scattered
+	// over it (13 MiB with 256 children, where wider nodes take more with them;
+	// 4 MiB with 32, where there are more levels). The levels above the first
+	// add 2 % to the file of a disk full of data.
+	fanOut     = 1 << fanOutBits
+	fanOutBits = 6
 )
 
-var zeroBlock [BlockSize]byte
+type sum = [SumSize]byte
 
 // ZeroSum is the digest of n zero bytes, n ≤ BlockSize.
-func ZeroSum(n int) [SumSize]byte { return Sum(zeroBlock[:n]) }
+func ZeroSum(n int) [SumSize]byte { return Sum(make([]byte, n)) }
 
-// page holds the digests of pageBlocks blocks.
-type page [pageBlocks][SumSize]byte
-
-// Table holds the digests of all blocks of a disk; those never set are those of
-// zeros, and pages of them take no memory. Set may be called from many
-// goroutines at once for different blocks.
-type Table struct {
-	size  uint64
-	zero  [SumSize]byte // of a whole block
-	last  [SumSize]byte // of the last block, when it is all zeros
-	pages []atomic.Pointer[page]
-}
-
-// New makes the table of a disk of zeros; size is in bytes.
-func New(size uint64) *Table {
-	t := &Table{size: size, zero: ZeroSum(BlockSize)}
-	if n := t.Blocks(); n > 0 {
-		t.last = ZeroSum(t.BlockLength(n - 1))
-		t.pages = make([]atomic.Pointer[page], (n+pageBlocks-1)/pageBlocks)
-	}
-	return t
-}
-
-// Size is the disk's size in bytes.
-func (t *Table) Size() uint64 { return t.size }
-
-// Blocks is the number of blocks.
-func (t *Table) Blocks() int { return blocks(t.size) }
-
-func blocks(size uint64) int {
+// Blocks is the number of blocks of a disk of size bytes.
+func Blocks(size uint64) int {
 	n := size / BlockSize
 	if size%BlockSize != 0 {
 		n++
@@ -73,164 +66,100 @@ func blocks(size uint64) int {
 	return int(n)
 }
 
-// BlockLength is the block's length in bytes: BlockSize but for the last one.
-func (t *Table) BlockLength(block int) int {
-	return int(min(BlockSize, t.size-uint64(block)*BlockSize))
+// Length is the length in bytes of a block of such a disk.
+func Length(size uint64, block int) int {
+	return int(min(BlockSize, size-uint64(block)*BlockSize))
 }
 
-// zeroSum is what a block's digest is when the block is all zeros.
-func (t *Table) zeroSum(block int) [SumSize]byte {
-	if block == t.Blocks()-1 {
-		return t.last
+// shape is what the disk's size says about its tree. Blocks are level 0; there
+// is one node at the top level, which is 1 at least.
+type shape struct {
+	size   uint64
+	blocks uint64
+	top    int
+	zeros  []zeroSums // by level
+}
+
+// zeroSums are those of a node with nothing but zeros beneath it. The last of
+// a level may have fewer children, and a shorter block.
+type zeroSums struct{ whole, last sum }
+
+func newShape(size uint64) shape {
+	s := shape{size: size, blocks: uint64(Blocks(size)), top: 1}
+	for s.blocks > 1<<(s.top*fanOutBits) {
+		s.top++
 	}
-	return t.zero
-}
-
-// Get returns a block's digest.
-func (t *Table) Get(block int) [SumSize]byte {
-	if p := t.pages[block/pageBlocks].Load(); p != nil {
-		return p[block%pageBlocks]
+	s.zeros = make([]zeroSums, s.top+1)
+	s.zeros[0].whole = ZeroSum(BlockSize)
+	if s.blocks > 0 {
+		s.zeros[0].last = ZeroSum(Length(size, int(s.blocks)-1))
 	}
-	return t.zeroSum(block)
-}
-
-// Set replaces a block's digest.
-func (t *Table) Set(block int, sum [SumSize]byte) {
-	at := &t.pages[block/pageBlocks]
-	p := at.Load()
-	if p == nil {
-		if sum == t.zeroSum(block) {
-			return
+	for level := 1; level <= s.top; level++ {
+		below := s.zeros[level-1]
+		children := make([]sum, fanOut)
+		for i := range children {
+			children[i] = below.whole
 		}
-		p = t.newPage(block / pageBlocks)
-		if !at.CompareAndSwap(nil, p) {
-			p = at.Load()
+		s.zeros[level].whole = nodeSum(children)
+		children = children[:s.children(level, s.nodes(level)-1)]
+		if len(children) > 0 {
+			children[len(children)-1] = below.last
 		}
+		s.zeros[level].last = nodeSum(children)
 	}
-	p[block%pageBlocks] = sum
+	return s
 }
 
-// SetZero says that a block is all zeros.
-func (t *Table) SetZero(block int) { t.Set(block, t.zeroSum(block)) }
-
-func (t *Table) newPage(index int) *page {
-	p := new(page)
-	for i := range p {
-		p[i] = t.zero
+// nodes is the number of nodes of a level; there is always a top node.
+func (s *shape) nodes(level int) uint64 {
+	n := (s.blocks + 1<<(level*fanOutBits) - 1) >> (level * fanOutBits)
+	if level > 0 {
+		return max(1, n)
 	}
-	if last := t.Blocks() - 1; last/pageBlocks == index {
-		p[last%pageBlocks] = t.last
-	}
-	return p
+	return n
 }
 
-func (t *Table) header() []byte {
+// children is the number of children of a node.
+func (s *shape) children(level int, index uint64) int {
+	return int(min(fanOut, s.nodes(level-1)-index<<fanOutBits))
+}
+
+// zero is the sum that a node has if there are only zeros beneath it.
+func (s *shape) zero(level int, index uint64) sum {
+	if index == s.nodes(level)-1 {
+		return s.zeros[level].last
+	}
+	return s.zeros[level].whole
+}
+
+// span returns the highest node that begins at a block and ends at or before
+// another, and how many blocks are beneath it.
+func (s *shape) span(from, to uint64) (level int, index, blocks uint64) {
+	for level, blocks = 0, 1; level < s.top; level++ {
+		above := (level + 1) * fanOutBits
+		more := min(1<<above, s.blocks-from)
+		if from&(1<<above-1) != 0 || more > to-from {
+			break
+		}
+		blocks = more
+	}
+	return level, from >> (level * fanOutBits), blocks
+}
+
+func (s *shape) header() []byte {
 	b := append(make([]byte, 0, headerSize), magic...)
 	b = binary.BigEndian.AppendUint32(b, version)
 	b = binary.BigEndian.AppendUint32(b, BlockSize)
-	return binary.BigEndian.AppendUint64(b, t.size)
+	b = binary.BigEndian.AppendUint32(b, fanOut)
+	return binary.BigEndian.AppendUint64(b, s.size)
 }
 
-// content writes all but the closing digest.
-func (t *Table) content(w io.Writer) error {
-	if _, err := w.Write(t.header()); err != nil {
-		return err
-	}
-	for block := range t.Blocks() {
-		sum := t.Get(block)
-		if _, err := w.Write(sum[:]); err != nil {
-			return err
-		}
-	}
-	return nil
-}
+func (s *shape) root(top sum) [SumSize]byte { return blake3.Sum256(append(s.header(), top[:]...)) }
 
-// Root is the digest of all digests, the disk's size included. It is what the
-// file ends with.
-func (t *Table) Root() [SumSize]byte {
-	h := blake3.New(SumSize, nil)
-	w := bufio.NewWriterSize(h, 64<<10)
-	_ = t.content(w) // a hash does not fail
-	_ = w.Flush()
-	return [SumSize]byte(h.Sum(nil))
-}
-
-// WriteTo writes the file.
-func (t *Table) WriteTo(w io.Writer) (int64, error) {
-	h := blake3.New(SumSize, nil)
-	b := bufio.NewWriterSize(io.MultiWriter(h, w), 64<<10)
-	err := t.content(b)
-	if err == nil {
-		err = b.Flush()
+func nodeSum(children []sum) sum {
+	b := make([]byte, 0, fanOut*SumSize)
+	for i := range children {
+		b = append(b, children[i][:]...)
 	}
-	if err == nil {
-		_, err = w.Write(h.Sum(nil))
-	}
-	if err != nil {
-		return 0, fmt.Errorf("cannot write digests: %w", err)
-	}
-	return fileSize(t.size), nil
-}
-
-// fileSize is the length of the file for a disk, in bytes.
-func fileSize(disk uint64) int64 {
-	return int64(headerSize) + int64(blocks(disk))*SumSize + SumSize
-}
-
-// Read reads a file to its end and checks it. max bounds its length in bytes,
-// and so the memory that it takes.
-func Read(r io.Reader, max int64) (*Table, error) {
-	t, err := read(bufio.NewReaderSize(r, 64<<10), max)
-	if err != nil {
-		return nil, fmt.Errorf("cannot read digests: %w", err)
-	}
-	return t, nil
-}
-
-func read(r io.Reader, max int64) (*Table, error) {
-	h := blake3.New(SumSize, nil)
-	hashed := io.TeeReader(r, h)
-	header := make([]byte, headerSize)
-	if _, err := io.ReadFull(hashed, header); err != nil {
-		return nil, err
-	}
-	numbers := header[len(magic):]
-	size := binary.BigEndian.Uint64(numbers[8:])
-	switch {
-	case string(header[:len(magic)]) != magic:
-		return nil, errors.New("not a file of digests")
-	case binary.BigEndian.Uint32(numbers) != version:
-		return nil, fmt.Errorf("version %d is not known", binary.BigEndian.Uint32(numbers))
-	case binary.BigEndian.Uint32(numbers[4:]) != BlockSize:
-		return nil, fmt.Errorf("block size %d is not known", binary.BigEndian.Uint32(numbers[4:]))
-	case fileSize(size) > max:
-		return nil, fmt.Errorf("for a disk of %d bytes the file is longer than the limit of %d bytes", size, max)
-	}
-	t := New(size)
-	var sum [SumSize]byte
-	for block := range t.Blocks() {
-		if _, err := io.ReadFull(hashed, sum[:]); err != nil {
-			return nil, fmt.Errorf("at block %d: %w", block, noEOF(err))
-		}
-		t.Set(block, sum)
-	}
-	want := h.Sum(nil)
-	if _, err := io.ReadFull(r, sum[:]); err != nil {
-		return nil, fmt.Errorf("at the closing digest: %w", noEOF(err))
-	}
-	if !bytes.Equal(want, sum[:]) {
-		return nil, errors.New("the file is damaged: its closing digest differs")
-	}
-	if n, _ := io.ReadFull(r, sum[:1]); n != 0 {
-		return nil, errors.New("the file goes on behind its end")
-	}
-	return t, nil
-}
-
-// noEOF keeps a file cut short from looking like a regular end.
-func noEOF(err error) error {
-	if errors.Is(err, io.EOF) {
-		return io.ErrUnexpectedEOF
-	}
-	return err
+	return blake3.Sum256(b)
 }

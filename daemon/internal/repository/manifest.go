@@ -75,8 +75,9 @@ type Offering struct {
 	Level       int    `json:"level"`
 }
 
-// Disk is one disk of a backup; its image is File, and the digests of all its
-// blocks are in DigestName(Target), which is listed in Files.
+// Disk is one disk of a backup; its image is File, and the digests of its blocks
+// are in DigestName(Target), which is listed in Files. DigestRoot vouches for
+// those of all blocks, also where an increment leaves them to its parent.
 type Disk struct {
 	Target      string `json:"target"`       // "vda"
 	File        string `json:"file"`         // "vda.qcow2"

@@ -141,7 +141,11 @@ func (d *diskCopy) begin(ctx context.Context, p planner) error {
 		return classify(ClassInternal, err)
 	}
 	d.zero = digest.ZeroSum(digest.BlockSize)
-	d.table, err = digest.NewWriter(d.digests, d.spec.Size)
+	var before *digest.Table
+	if d.parent != nil {
+		before = d.parent.digests
+	}
+	d.table, err = digest.NewWriter(d.digests, d.spec.Size, before)
 	return classify(ClassRepository, err)
 }
 
@@ -205,20 +209,14 @@ func (d *diskCopy) store(e *extent) error {
 }
 
 func (d *diskCopy) digest(e *extent) error {
-	for i := range digest.Blocks(e.length) {
-		var before [digest.SumSize]byte
-		var err error
-		if d.parent != nil {
-			if before, err = d.parent.digests.Next(); err != nil {
-				return asParent(err)
-			}
-		}
-		switch e.kind {
-		case spanClean:
-			err = d.table.Append(before)
-		case spanZero:
-			err = d.table.AppendZero()
-		case spanData:
+	var err error
+	switch e.kind {
+	case spanClean:
+		err = d.table.AppendParent(digest.Blocks(e.length))
+	case spanZero:
+		err = d.table.AppendZero(digest.Blocks(e.length))
+	case spanData:
+		for i := 0; i < len(e.sums) && err == nil; i++ {
 			n := digest.Length(e.length, i)
 			if isZero(e.sums[i], n, d.zero) {
 				d.count.zero.Add(uint64(n))
@@ -227,20 +225,15 @@ func (d *diskCopy) digest(e *extent) error {
 			}
 			err = d.table.Append(e.sums[i])
 		}
-		if err != nil {
-			return classify(ClassRepository, err)
-		}
 	}
-	return nil
+	if errors.Is(err, digest.ErrRead) {
+		return asParent(err)
+	}
+	return classify(ClassRepository, err)
 }
 
 // end completes image and digests.
 func (d *diskCopy) end() error {
-	if d.parent != nil {
-		if err := endDigests(d.parent.digests, d.parent.DigestRoot); err != nil {
-			return asParent(err)
-		}
-	}
 	if err := d.writer.Finish(); err != nil {
 		return classify(ClassRepository, err)
 	}
@@ -270,23 +263,17 @@ func (d *diskCopy) verify(ctx context.Context) error {
 	if err := errors.Join(forget(d.image), forget(d.digests)); err != nil {
 		return err
 	}
-	table, err := digest.NewReader(d.digestContent(), d.spec.Size)
-	if err != nil {
-		return classify(ClassVerification, err)
-	}
 	image, err := checkImage(d.image, *d.entry, d.Manifest.Backing(*d.entry), qcow2.Limits{Size: d.entry.Size})
 	if err != nil {
 		return err
 	}
-	s := &storedDisk{Disk: *d.entry, images: []*qcow2.Image{image}, digests: table, zero: d.zero, files: []*os.File{d.image}}
+	s := &storedDisk{Disk: *d.entry, images: []*qcow2.Image{image}, zero: d.zero, files: []*os.File{d.image}}
 	if d.parent != nil {
 		s.images = append(s.images, d.parent.images...)
-		again, err := openDisk(d.repo, d.parents, d.spec.Target)
-		if err != nil {
-			return asParent(err)
-		}
-		defer again.close()
-		s.before, s.beforeRoot = again.digests, again.DigestRoot
+		s.digests = d.parent.digests
+	}
+	if s.digests, err = openDigests(d.digests, *d.entry, s.digests); err != nil {
+		return err
 	}
 	if s.chain, err = qcow2.NewChain(s.images...); err != nil {
 		return classify(ClassVerification, err)
@@ -295,11 +282,9 @@ func (d *diskCopy) verify(ctx context.Context) error {
 		return err
 	}
 	d.digestFile.Name = repository.DigestName(d.spec.Target)
-	d.digestFile.BLAKE3, d.digestFile.Size, err = sumFile(d.digestContent())
+	d.digestFile.BLAKE3, d.digestFile.Size, err = sumFile(io.NewSectionReader(d.digests, 0, 1<<62))
 	return classify(ClassVerification, err)
 }
-
-func (d *diskCopy) digestContent() io.Reader { return io.NewSectionReader(d.digests, 0, 1<<62) }
 
 // countingFile counts what is written to an image.
 type countingFile struct {

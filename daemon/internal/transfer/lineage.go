@@ -1,10 +1,12 @@
 package transfer
 
 import (
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"slices"
 
 	"lukechampine.com/blake3"
 
@@ -48,12 +50,9 @@ type storedDisk struct {
 	repository.Disk
 	chain   *qcow2.Chain
 	images  []*qcow2.Image
-	digests *digest.Reader
+	digests *digest.Table
 	zero    [digest.SumSize]byte // of a whole block of zeros
-	// The parent's digests, if the disk is an increment and they are asked for.
-	before     *digest.Reader
-	beforeRoot string
-	files      []*os.File
+	files   []*os.File           // the top image first
 }
 
 // openDisk opens a disk of the newest backup. What the images' headers say is
@@ -74,7 +73,7 @@ func openDisk(r *repository.Repository, l lineage, target string) (*storedDisk, 
 func (s *storedDisk) open(r *repository.Repository, l lineage) error {
 	// What is held of the tables is shared by the chain, however long it is.
 	limits := qcow2.Limits{Size: s.Size, Tables: max(chainTables/int64(len(l)), leastTables)}
-	for _, m := range l {
+	for n, m := range l {
 		d, ok := m.Disk(s.Target)
 		if !ok || d.Size != s.Size {
 			return fail(ClassManifest, "backup %s, which the disk stands on, has no such disk of %d bytes", m.Backup, s.Size)
@@ -85,6 +84,7 @@ func (s *storedDisk) open(r *repository.Repository, l lineage) error {
 		}
 		s.images = append(s.images, image)
 		if d.Kind == repository.KindFull {
+			l = l[:n+1]
 			break
 		}
 	}
@@ -92,8 +92,38 @@ func (s *storedDisk) open(r *repository.Repository, l lineage) error {
 	if s.chain, err = qcow2.NewChain(s.images...); err != nil {
 		return classify(ClassVerification, err)
 	}
-	s.digests, err = s.openDigests(r, l[0])
+	for _, m := range slices.Backward(l) {
+		if err := s.openDigests(r, m); err != nil {
+			return fmt.Errorf("backup %s: %w", m.Backup, err)
+		}
+	}
+	return nil
+}
+
+// openDigests opens the digests of a backup, which stand on those opened before.
+func (s *storedDisk) openDigests(r *repository.Repository, m *repository.Manifest) error {
+	f, err := r.OpenImage(m.Domain.UUID, m.Backup, repository.DigestName(s.Target))
+	if err != nil {
+		return inRepository(err)
+	}
+	s.files = append(s.files, f)
+	d, _ := m.Disk(s.Target) // open has found it
+	s.digests, err = openDigests(f, d, s.digests)
 	return err
+}
+
+// openDigests opens the digests that the manifest vouches for.
+func openDigests(f *os.File, d repository.Disk, parent *digest.Table) (*digest.Table, error) {
+	info, err := f.Stat()
+	if err != nil {
+		return nil, classify(ClassRepository, err)
+	}
+	root, err := hex.DecodeString(d.DigestRoot)
+	if err != nil || len(root) != digest.SumSize {
+		return nil, fail(ClassManifest, "%.100q is no root of digests", d.DigestRoot)
+	}
+	t, err := digest.Open(f, info.Size(), d.Size, [digest.SumSize]byte(root), parent)
+	return t, classify(ClassVerification, err)
 }
 
 func (s *storedDisk) openImage(r *repository.Repository, m *repository.Manifest, d repository.Disk, limits qcow2.Limits) (*qcow2.Image, error) {
@@ -135,41 +165,6 @@ func checkImage(f *os.File, d repository.Disk, backing string, limits qcow2.Limi
 		return nil, fail(ClassVerification, "image %s: %w", d.File, err)
 	}
 	return image, nil
-}
-
-func (s *storedDisk) openDigests(r *repository.Repository, m *repository.Manifest) (*digest.Reader, error) {
-	f, err := r.OpenImage(m.Domain.UUID, m.Backup, repository.DigestName(s.Target))
-	if err != nil {
-		return nil, inRepository(err)
-	}
-	s.files = append(s.files, f)
-	d, err := digest.NewReader(f, s.Size)
-	return d, classify(ClassVerification, err)
-}
-
-// endDigests checks that the digests that were compared with are those that the
-// manifest vouches for.
-func endDigests(d *digest.Reader, want string) error {
-	root, err := d.Close()
-	if err != nil {
-		return classify(ClassVerification, err)
-	}
-	if fmt.Sprintf("%x", root) != want {
-		return fail(ClassVerification, "the digests of its blocks are not those that were written")
-	}
-	return nil
-}
-
-// openBefore opens the parent's digests, for walkOwn.
-func (s *storedDisk) openBefore(r *repository.Repository, l lineage) error {
-	if s.Kind != repository.KindIncremental {
-		return nil
-	}
-	parent, _ := l[1].Disk(s.Target) // open has found it
-	s.beforeRoot = parent.DigestRoot
-	var err error
-	s.before, err = s.openDigests(r, l[1])
-	return asParent(err)
 }
 
 func (s *storedDisk) close() {

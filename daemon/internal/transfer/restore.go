@@ -165,9 +165,6 @@ func (d *diskRestore) run(ctx context.Context) (err error) {
 		consume: d.store,
 		drop:    func(s *stored) { d.sink.putBuffer(s.data) },
 	})
-	if err == nil {
-		err = endDigests(d.from.digests, d.from.DigestRoot)
-	}
 	if err != nil {
 		return err
 	}

@@ -91,8 +91,5 @@ func (w *worker) verifyDisk(ctx context.Context, r *repository.Repository, l lin
 		return err
 	}
 	defer s.close()
-	if err := s.openBefore(r, l); err != nil {
-		return err
-	}
 	return s.verify(ctx, w.status.disk(d.Target))
 }

@@ -29,8 +29,8 @@ type measurement struct {
 type figure struct {
 	took   time.Duration // until the output is synced
 	worker time.Duration // of it, that of our worker; 0 for others
-	copied time.Duration // and of that, until the guest is free of the backup
-	cpu    time.Duration // that our worker used
+	phases phases        // of the worker
+	cpu    time.Duration // that the worker used
 	stored int64         // bytes of the output
 	note   string
 }
@@ -127,7 +127,7 @@ func (g *group) round(ctx context.Context, round int) error {
 func (f figure) detail() string {
 	text := ""
 	if f.worker != 0 {
-		text = fmt.Sprintf(" (worker %.2f s, of it copying %.2f s; used %.2f s of CPU)", f.worker.Seconds(), f.copied.Seconds(), f.cpu.Seconds())
+		text = fmt.Sprintf(" (worker %.2f s: %v; %.2f s of CPU)", f.worker.Seconds(), f.phases, f.cpu.Seconds())
 	}
 	if f.note != "" {
 		text += ": " + f.note
@@ -151,7 +151,7 @@ func (g *group) table(text *strings.Builder) {
 		if g.figures[i][0].worker != 0 {
 			times += fmt.Sprintf(" (worker %.2f, copying %.2f)",
 				median(g.figures[i], func(f figure) float64 { return f.worker.Seconds() }),
-				median(g.figures[i], func(f figure) float64 { return f.copied.Seconds() }))
+				median(g.figures[i], func(f figure) float64 { return f.phases.took("copying").Seconds() }))
 		}
 		stored := median(g.figures[i], func(f figure) float64 { return float64(f.stored) / (1 << 20) })
 		fmt.Fprintf(text, "| %s%s | %s | %.2f | %.0f |\n", row.name, note, times, seconds/base, stored)

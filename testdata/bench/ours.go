@@ -42,7 +42,7 @@ func (b *host) job(ctx context.Context, start func() (string, error)) (dbus.JobP
 	f := figure{took: time.Since(began)}
 	close(done)
 	w := <-watched
-	f.worker, f.copied, f.cpu = w.ended.Sub(w.started), w.copied, w.cpu
+	f.worker, f.phases, f.cpu = w.ended.Sub(w.started), w.phases, w.cpu
 	return p, f, w, err
 }
 
@@ -114,10 +114,45 @@ func exists(path string) bool {
 // worker is what was seen of one.
 type worker struct {
 	started, ended time.Time
-	copied         time.Duration // in the phase of copying
+	phases         phases
 	cpu            time.Duration
 	memory         uint64 // at most, in bytes (VmHWM)
 	read           uint64 // from the guest's disk, in bytes
+}
+
+// phases are those of a worker, and how long it was seen in each.
+type phases []phase
+
+type phase struct {
+	name        string
+	began, last time.Time
+}
+
+func (p phases) enter(name string, now time.Time) phases {
+	if n := len(p); n > 0 {
+		p[n-1].last = now
+		if p[n-1].name == name {
+			return p
+		}
+	}
+	return append(p, phase{name, now, now})
+}
+
+func (p phases) took(name string) (d time.Duration) {
+	for _, one := range p {
+		if one.name == name {
+			d += one.last.Sub(one.began)
+		}
+	}
+	return d
+}
+
+func (p phases) String() string {
+	var text []string
+	for _, one := range p {
+		text = append(text, fmt.Sprintf("%s %.2f s", one.name, p.took(one.name).Seconds()))
+	}
+	return strings.Join(text, ", ")
 }
 
 // watchWorker looks at the worker that runs meanwhile, every few milliseconds.
@@ -125,7 +160,6 @@ func watchWorker(done <-chan struct{}) worker {
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	var w worker
-	var copying time.Time
 	pid := ""
 	for {
 		select {
@@ -144,11 +178,8 @@ func watchWorker(done <-chan struct{}) worker {
 		for _, d := range s.Disks {
 			w.read = max(w.read, d.Read)
 		}
-		if s.Phase == "copying" {
-			if copying.IsZero() {
-				copying = w.ended
-			}
-			w.copied = w.ended.Sub(copying)
+		if s.Phase != "" {
+			w.phases = w.phases.enter(s.Phase, w.ended)
 		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -56,17 +57,30 @@ func (k *Kind) failAbandoned(ctx context.Context) error {
 }
 
 func (k *Kind) reconcileDomains(ctx context.Context) error {
-	domains, err := k.Catalog.Domains(ctx, "")
+	known, err := k.Catalog.Domains(ctx, "")
 	if err != nil {
 		return err
 	}
-	var failed []error
-	for _, d := range domains {
+	names := map[string]string{} // by UUID
+	for _, d := range known {
+		names[d.UUID] = d.Name
+	}
+	// A catalog that was lost does not know where something of ours is.
+	limited, cancel := context.WithTimeout(ctx, callLimit)
+	defer cancel()
+	all, err := k.Hypervisor.Domains(limited)
+	failed := []error{err}
+	for _, d := range all {
+		if d.Job || slices.ContainsFunc(d.Checkpoints, hypervisor.OursCheckpoint) {
+			names[d.UUID] = d.Name
+		}
+	}
+	for uuid, name := range names {
 		if ctx.Err() != nil {
 			return errors.Join(append(failed, context.Cause(ctx))...)
 		}
-		if err := k.reconcileDomain(ctx, d.UUID); err != nil {
-			failed = append(failed, fmt.Errorf("domain %q: %w", d.Name, err))
+		if err := k.reconcileDomain(ctx, uuid); err != nil {
+			failed = append(failed, fmt.Errorf("domain %q: %w", name, err))
 		}
 	}
 	return errors.Join(failed...)
@@ -139,7 +153,8 @@ func (k *Kind) removeFiles(ctx context.Context) error {
 	return errors.Join(failed...)
 }
 
-// removeWorkers ends and forgets the workers of jobs that have ended.
+// removeWorkers ends and forgets the workers of jobs that have ended, or that
+// the catalog does not know: it was lost.
 func (k *Kind) removeWorkers(ctx context.Context) error {
 	left, err := k.Errands.Supervisor.Leftovers(ctx)
 	if err != nil {
@@ -148,10 +163,10 @@ func (k *Kind) removeWorkers(ctx context.Context) error {
 	var failed []error
 	for _, l := range left {
 		j, err := k.Catalog.Job(ctx, l.Job)
-		if errors.Is(err, catalog.ErrNotFound) || err == nil && !j.State.Ended() {
-			continue // not a job's, or at work
+		if err == nil && !j.State.Ended() {
+			continue
 		}
-		if err == nil {
+		if err == nil || errors.Is(err, catalog.ErrNotFound) {
 			err = k.removeWorker(ctx, l.Job)
 		}
 		failed = append(failed, err)

@@ -178,16 +178,19 @@ func (k *Kind) planNew(ctx context.Context, r Request, m repository.Manifest, p 
 		no.add("%v", err)
 		return nil
 	}
+	free := func(path string) string {
+		if _, err := os.Lstat(path); err == nil {
+			no.add("%s is there already: choose another name or destination", path)
+		}
+		return path
+	}
 	for i := range p.Disks {
 		d := &p.Disks[i]
-		d.Destination = filepath.Join(directory, r.Name+"-"+d.Target+"."+d.Format)
-		if _, err := os.Lstat(d.Destination); err == nil {
-			no.add("%s is there already: choose another name or destination", d.Destination)
-		}
+		d.Destination = free(filepath.Join(directory, r.Name+"-"+d.Target+"."+d.Format))
 	}
 	p.Files = append(p.Files, OnlyFile{Name: definitionName, Destination: filepath.Join(directory, definitionName)})
 	if hasFile(m, nvramName) {
-		p.Files = append(p.Files, OnlyFile{Name: nvramName, Destination: filepath.Join(directory, r.Name+"-nvram.fd"), Placed: true})
+		p.Files = append(p.Files, OnlyFile{Name: nvramName, Destination: free(filepath.Join(directory, r.Name+"-nvram.fd")), Placed: true})
 	}
 	switch {
 	case r.DropInterfaces:

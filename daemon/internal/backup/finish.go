@@ -30,16 +30,33 @@ func (r *run) finish(ctx context.Context, m *repository.Manifest) error {
 	if err != nil {
 		return err
 	}
-	err = r.Catalog.CommitBackup(ctx, r.Plan.Backup, catalog.Commit{
+	if err := r.commit(ctx, catalog.Commit{
 		Finished: time.UnixMicro(m.Finished), Consistency: m.Consistency, Manifest: raw, Images: r.Plan.images(m),
-	})
-	if err != nil {
+	}); err != nil {
 		return err
 	}
 	r.warn(ctx, "remove the scratch images", r.removeScratch())
 	r.warn(ctx, "remove old checkpoints", r.tidy(ctx, r.Plan.Domain))
 	r.warn(ctx, "forget the worker", r.Errands.Supervisor.Forget(ctx, r.job.Job().ID))
 	return nil
+}
+
+// commit records a backup that is whole, as soon as the catalog can be written:
+// to fail, and delete it, because a disk is full here would be a waste.
+func (r *run) commit(ctx context.Context, done catalog.Commit) error {
+	const interval = 2 * time.Second
+	for {
+		err := r.Catalog.CommitBackup(ctx, r.Plan.Backup, done)
+		if err == nil || errors.Is(err, catalog.ErrState) || errors.Is(err, catalog.ErrNotFound) {
+			return err
+		}
+		r.job.Logger().Error("cannot record the backup yet", "error", err)
+		select {
+		case <-time.After(interval):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 }
 
 // images is what the catalog keeps of a backup's disks.

@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"pgregory.net/rapid"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 )
 
 func TestFullAndIncrement(t *testing.T) {
@@ -44,8 +46,8 @@ func TestFullAndIncrement(t *testing.T) {
 	}
 }
 
-// TestRandomIncrements writes at random between increments, in all ways that a
-// guest can, and compares each backup with the disks as they were.
+// TestRandomIncrements writes and resizes at random between increments, in all
+// ways that a guest can, and compares each backup with the disks as they were.
 func TestRandomIncrements(t *testing.T) {
 	outer := newHost(t)
 	rapid.Check(t, func(t *rapid.T) {
@@ -58,8 +60,7 @@ func TestRandomIncrements(t *testing.T) {
 		h.dir = dir
 		var disks []disk
 		for i := range rapid.IntRange(1, 2).Draw(t, "disks") {
-			size := uint64(rapid.IntRange(1, 40*128).Draw(t, "sectors")) * 512
-			disks = append(disks, h.disk(fmt.Sprintf("vd%c", 'a'+i), "qcow2", size))
+			disks = append(disks, h.disk(fmt.Sprintf("vd%c", 'a'+i), "qcow2", drawSize(t)))
 		}
 		compression := rapid.SampledFrom([]string{"none", "zlib", "zstd"}).Draw(t, "compression")
 		var parent, chain string
@@ -70,7 +71,14 @@ func TestRandomIncrements(t *testing.T) {
 			if chain == "" {
 				chain = id
 			}
-			for _, d := range disks {
+			resized := map[string]bool{}
+			for i := range disks {
+				d := &disks[i]
+				if parent != "" && rapid.IntRange(0, 3).Draw(t, "resize") == 0 {
+					d.size = drawSize(t)
+					h.command("qemu-img", "resize", "-q", "--shrink", "-f", d.format, d.path, fmt.Sprint(d.size))
+					resized[d.target] = true
+				}
 				if commands := drawWrites(t, d.size); len(commands) > 0 {
 					d.io(&h, commands...)
 				}
@@ -78,6 +86,11 @@ func TestRandomIncrements(t *testing.T) {
 			}
 			spec := h.backupSpec(id, parent, chain, disks...)
 			spec.Compression = compression
+			for i, d := range disks {
+				if resized[d.target] { // its chain of images begins anew
+					spec.Manifest.Disks[i].Kind, spec.Disks[i].Bitmap = repository.KindFull, ""
+				}
+			}
 			if r := h.take(spec, disks...); r.Error != nil {
 				t.Fatal(r.Error)
 			}
@@ -86,11 +99,22 @@ func TestRandomIncrements(t *testing.T) {
 		for id, want := range backups {
 			h.checkRestored(id, want)
 		}
+		if damaged(&h, parent) {
+			t.Error("verify found what is not damaged")
+		}
 		h.checkClean()
 		if err := os.RemoveAll(filepath.Join(h.repo, testDomain)); err != nil {
 			t.Fatal(err)
 		}
 	})
+}
+
+// drawSize draws the size of a disk, up to a bit over two nodes of digests.
+func drawSize(t *rapid.T) uint64 {
+	const node = 64 * clusterSize / 512
+	few := rapid.IntRange(1, 40*128)
+	bounds := rapid.SampledFrom([]int{node - 1, node, node + 1, 2*node + 128})
+	return 512 * uint64(rapid.OneOf(few, bounds).Draw(t, "sectors"))
 }
 
 func drawWrites(t *rapid.T, size uint64) []string {

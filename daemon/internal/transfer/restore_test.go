@@ -3,6 +3,7 @@ package transfer
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -89,13 +90,13 @@ func TestRestoreFilesAndOwner(t *testing.T) {
 // TestRestoreToDevice overwrites a block device that held something else.
 func TestRestoreToDevice(t *testing.T) {
 	h, want, _, increment := chainOfTwo(t, "zstd")
-	for _, size := range []int{4<<20 + 4096, 2 << 20} {
+	for _, size := range []int{chainSize + 4096, 2 << 20} {
 		back := filepath.Join(h.dir, "back")
 		h.write(back, string(bytes.Repeat([]byte{0xee}, size)))
 		device := attachLoop(t, h, back)
 		r := h.run(Spec{Operation: OperationRestore, Restore: &RestoreSpec{Backup: increment,
 			Disks: []RestoreDisk{{Target: "vda", Device: true, Destination: device, Format: FormatRaw}}}})
-		if size < 4<<20 {
+		if size < chainSize {
 			if r.Error == nil || r.Error.Class != ClassDestination {
 				t.Errorf("too small: %+v", r.Error)
 			}
@@ -104,7 +105,7 @@ func TestRestoreToDevice(t *testing.T) {
 		if r.Error != nil {
 			t.Fatal(r.Error)
 		}
-		h.command("cmp", "-n", "4194304", want, device)
+		h.command("cmp", "-n", fmt.Sprint(chainSize), want, device)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,12 +16,15 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 )
 
+// chainSize is that of two nodes of digests, of which the increment keeps one.
+const chainSize = 8 << 20
+
 // chainOfTwo makes a full backup with an increment; want is what that holds.
 func chainOfTwo(t *testing.T, compression string) (h *host, want, full, increment string) {
 	t.Helper()
 	h = newHost(t)
-	d := h.disk("vda", "qcow2", 4<<20)
-	d.io(h, "write -P 1 0 2M")
+	d := h.disk("vda", "qcow2", chainSize)
+	d.io(h, "write -P 1 0 2M", "write -P 1 6M 1M")
 	full, increment = h.id(), h.id()
 	for _, b := range []*BackupSpec{h.backupSpec(full, "", full, d), h.backupSpec(increment, full, full, d)} {
 		b.Compression = compression
@@ -88,7 +92,7 @@ func TestEveryBitFlipIsFound(t *testing.T) {
 	for _, compression := range []string{"none", "zstd"} {
 		h, want, full, increment := chainOfTwo(t, compression)
 		refusals := 0
-		for _, name := range []string{full + "/vda.qcow2", increment + "/vda.qcow2", increment + "/vda.digests", increment + "/manifest.json"} {
+		for _, name := range []string{full + "/vda.qcow2", full + "/vda.digests", increment + "/vda.qcow2", increment + "/vda.digests", increment + "/manifest.json"} {
 			p := filepath.Join(h.repo, testDomain, name)
 			good, err := os.ReadFile(p)
 			if err != nil {
@@ -174,10 +178,10 @@ func encodeManifest(h *host, m repository.Manifest) []byte {
 func TestHostileImages(t *testing.T) {
 	h, _, _, increment := chainOfTwo(t, "none")
 	secret := filepath.Join(h.dir, "secret")
-	h.write(secret, strings.Repeat("s", 4<<20))
+	h.write(secret, strings.Repeat("s", chainSize))
 	create := func(args ...string) []byte {
 		p := filepath.Join(h.dir, "hostile-"+h.id())
-		h.command("qemu-img", append(append([]string{"create", "-q", "-u", "-f", "qcow2"}, args...), p, "4M")...)
+		h.command("qemu-img", append(append([]string{"create", "-q", "-u", "-f", "qcow2"}, args...), p, fmt.Sprint(chainSize))...)
 		b, err := os.ReadFile(p)
 		if err != nil {
 			t.Fatal(err)
@@ -226,7 +230,7 @@ func TestHostileImages(t *testing.T) {
 // TestForgedManifest changes what a manifest says without the key.
 func TestForgedManifest(t *testing.T) {
 	h, _, full, increment := chainOfTwo(t, "none")
-	d := disk{"vda", filepath.Join(h.dir, "vda.qcow2"), "qcow2", 4 << 20}
+	d := disk{"vda", filepath.Join(h.dir, "vda.qcow2"), "qcow2", chainSize}
 	name := filepath.Join(h.repo, testDomain, increment, "manifest.json")
 	good, err := os.ReadFile(name)
 	if err != nil {
@@ -250,7 +254,7 @@ func TestForgedManifest(t *testing.T) {
 
 func TestDamagedParentIsSeenBeforeTheGuestIsTouched(t *testing.T) {
 	h, _, full, increment := chainOfTwo(t, "none")
-	d := disk{"vda", filepath.Join(h.dir, "vda.qcow2"), "qcow2", 4 << 20}
+	d := disk{"vda", filepath.Join(h.dir, "vda.qcow2"), "qcow2", chainSize}
 	if err := os.Truncate(h.image(full, "vda"), 100<<10); err != nil {
 		t.Fatal(err)
 	}

@@ -40,17 +40,17 @@ func newCompressor(c Compression, level int) (compressor, error) {
 
 // zstdLevel maps zstd's levels to those of the encoder at hand. Its fastest,
 // made to code literals too, takes as long as zstd's default of 3 and packs
-// nearly as well; EncoderLevelFromZstd would be slower throughout.
+// nearly as well; EncoderLevelFromZstd would be slower throughout. Its best
+// takes 34 MiB for each thread, four times as long as the one before, and packs
+// clusters of 64 KiB by 3 to 6 % better: it is left out.
 func zstdLevel(level int) zstd.EncoderLevel {
 	switch {
 	case level <= 3:
 		return zstd.SpeedFastest
 	case level <= 6:
 		return zstd.SpeedDefault
-	case level <= 12:
-		return zstd.SpeedBetterCompression
 	}
-	return zstd.SpeedBestCompression
+	return zstd.SpeedBetterCompression
 }
 
 type zstdCompressor struct{ *zstd.Encoder }

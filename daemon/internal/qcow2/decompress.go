@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"sync"
 
 	"github.com/klauspost/compress/flate"
@@ -23,7 +24,7 @@ func newDecompressor(c Compression) (decompressor, error) {
 		return &inflater{}, nil
 	}
 	// QEMU's frames ask for windows of 8 MiB at the most.
-	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecodeAllCapLimit(true), zstd.WithDecoderMaxWindow(8<<20))
+	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(min(runtime.GOMAXPROCS(0), maxThreads)), zstd.WithDecodeAllCapLimit(true), zstd.WithDecoderMaxWindow(8<<20))
 	if err != nil {
 		return nil, fmt.Errorf("cannot set up zstd: %w", err)
 	}

@@ -15,6 +15,10 @@ const (
 
 	// BufferSize is the length in bytes of the buffers that GetBuffer gives.
 	BufferSize = 1 << 20
+
+	// maxThreads is how many there are when nobody says. Each takes up to 8 MiB:
+	// two buffers and as much for what is compressed, and its tables.
+	maxThreads = 8
 )
 
 var zeroCluster [clusterSize]byte
@@ -26,7 +30,7 @@ type WriterOptions struct {
 	Backing     string      // relative path of the parent's image, which is qcow2; "" for a full image
 	Compression Compression // "" is none
 	Level       int         // zstd's 1…22; 0 for its default. zlib has one level only
-	Threads     int         // workers; 0 for one per CPU
+	Threads     int         // workers; 0 for one per CPU, 8 at most
 }
 
 // Writer writes an image from the disk's beginning to its end. Data goes
@@ -76,7 +80,7 @@ func NewWriter(f io.WriterAt, o WriterOptions) (*Writer, error) {
 		o.Compression = CompressionNone
 	}
 	if o.Threads <= 0 {
-		o.Threads = runtime.GOMAXPROCS(0)
+		o.Threads = min(runtime.GOMAXPROCS(0), maxThreads)
 	}
 	if err := o.check(); err != nil {
 		return nil, fmt.Errorf("cannot write image: %w", err)

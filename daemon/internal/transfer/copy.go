@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/digest"
 	"github.com/virtbackup/virtbackup/daemon/internal/nbd"
@@ -13,8 +14,13 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 )
 
-// readDepth is how many reads of one disk are under way, of up to 1 MiB each.
-const readDepth = 12
+const (
+	// readDepth is how many reads of one disk are under way, of up to 1 MiB each.
+	readDepth = 12
+	// threadsAtOnce bounds those that compress, of all disks together: each
+	// takes up to 8 MiB, and eight outrun any export.
+	threadsAtOnce = 8
+)
 
 // diskCopy is one disk of a backup in the making.
 type diskCopy struct {
@@ -125,17 +131,10 @@ func (d *diskCopy) begin(ctx context.Context, p planner) error {
 	if d.spec.Bitmap != "" {
 		d.count.dirty.Store(total)
 	}
-	threads := 0
-	if len(d.disks) > 1 {
-		threads = 1 // the disks are side by side already
-	}
-	if d.Threads > 0 {
-		threads = d.Threads
-	}
 	d.ahead = newWriteback(d.image)
 	d.writer, err = qcow2.NewWriter(countingFile{d.ahead, d.count}, qcow2.WriterOptions{
 		Size: d.spec.Size, ClusterSize: clusterSize, Backing: d.Manifest.Backing(*d.entry),
-		Compression: qcow2.Compression(d.Compression), Level: d.Level, Threads: threads,
+		Compression: qcow2.Compression(d.Compression), Level: d.Level, Threads: d.threads(),
 	})
 	if err != nil {
 		return classify(ClassInternal, err)
@@ -147,6 +146,15 @@ func (d *diskCopy) begin(ctx context.Context, p planner) error {
 	}
 	d.table, err = digest.NewWriter(d.digests, d.spec.Size, before)
 	return classify(ClassRepository, err)
+}
+
+// threads is how many compress this disk.
+func (b *backup) threads() int {
+	all := b.Threads
+	if all == 0 {
+		all = runtime.GOMAXPROCS(0)
+	}
+	return max(1, min(all, threadsAtOnce)/min(len(b.disks), disksAtOnce))
 }
 
 func (d *diskCopy) produce(ctx context.Context, p planner, emit func(*extent) error) error {

@@ -170,7 +170,8 @@ func (d *destination) close(keep bool) {
 
 func (d *diskRestore) openSink(f io.WriterAt) (sink, error) {
 	if d.format == FormatQcow2 {
-		w, err := qcow2.NewWriter(f, qcow2.WriterOptions{Size: d.from.Size, ClusterSize: clusterSize})
+		// Without compression two threads find zeros faster than anything is read.
+		w, err := qcow2.NewWriter(f, qcow2.WriterOptions{Size: d.from.Size, ClusterSize: clusterSize, Threads: 2})
 		return qcow2Sink{w}, err
 	}
 	if !d.to.device {

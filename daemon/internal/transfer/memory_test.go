@@ -12,7 +12,8 @@ import (
 // memoryLimit is what the worker may take, in KiB, whatever the disks' sizes.
 const memoryLimit = 128 << 10
 
-// TestMemory measures the program on big disks, side by side, compressed.
+// TestMemory measures the program on big disks, side by side, compressed as
+// well as can be, as on a host with many processors.
 func TestMemory(t *testing.T) {
 	program := buildWorker(t)
 	h := newHost(t)
@@ -24,6 +25,7 @@ func TestMemory(t *testing.T) {
 	}
 	id := h.id()
 	b := h.backupSpec(id, "", id, disks...)
+	b.Level = 22
 	stop := h.serve(b, disks...)
 	dir := h.job(Spec{Operation: OperationBackup, Backup: b})
 	h.letGo(dir)
@@ -41,6 +43,7 @@ func TestMemory(t *testing.T) {
 func checkMemory(t *testing.T, program, dir string) {
 	t.Helper()
 	c := exec.Command(program, dir)
+	c.Env = append(os.Environ(), "GOMAXPROCS=32")
 	c.Stderr = os.Stderr
 	if err := c.Run(); err != nil {
 		t.Fatal(err)

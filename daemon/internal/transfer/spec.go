@@ -81,7 +81,7 @@ type BackupSpec struct {
 	Manifest    repository.Manifest `json:"manifest"`
 	Compression string              `json:"compression"`       // "none", "zlib", "zstd"
 	Level       int                 `json:"level,omitempty"`   // of the compression; 0 is its default
-	Threads     int                 `json:"threads,omitempty"` // that compress, per disk; 0 is the number of CPUs
+	Threads     int                 `json:"threads,omitempty"` // that compress, 8 at most; 0 is the number of CPUs
 	Disks       []BackupDisk        `json:"disks"`             // one for each of the manifest's
 	Files       []FileSpec          `json:"files,omitempty"`
 }

@@ -19,7 +19,11 @@ func TestMemory(t *testing.T) {
 	h := newHost(t)
 	var disks []disk
 	for i := range 5 {
-		d := h.disk(fmt.Sprintf("vd%c", 'a'+i), "qcow2", 64<<30)
+		size := uint64(64 << 30)
+		if i == 0 {
+			size = 64 << 40
+		}
+		d := h.disk(fmt.Sprintf("vd%c", 'a'+i), "qcow2", size)
 		d.io(h, "write -P 1 0 32M", "write -P 2 20G 32M", "write -P 3 63G 1M")
 		disks = append(disks, d)
 	}

@@ -4,27 +4,39 @@ import "fmt"
 
 // Own calls fn for the parts of a range of the disk that this image itself
 // holds, in order and without its backing file: what it leaves to that one, or
-// to nobody, is left out. It ends with the first error of fn.
+// to nobody, is left out. Neighbours of one kind are merged. It ends with the
+// first error of fn.
 func (i *Image) Own(off, length uint64, fn func(off, length uint64, kind Kind) error) error {
 	if off > i.raw.size || length > i.raw.size-off {
 		return fmt.Errorf("cannot look up %d bytes at %d: the disk has %d", length, off, i.raw.size)
 	}
-	for length > 0 {
-		m, err := i.lookUp(off, length)
+	var from, n uint64
+	var kind Kind
+	for end := off + length; off < end; {
+		m, err := i.lookUp(off, end-off)
 		if err != nil {
 			return err
 		}
-		switch m.state {
-		case unallocated:
-		case zero:
-			err = fn(off, m.length, Zero)
-		default:
-			err = fn(off, m.length, Data)
+		k := Data
+		if m.state == zero {
+			k = Zero
 		}
-		if err != nil {
-			return err
+		if n > 0 && (m.state == unallocated || k != kind) {
+			if err := fn(from, n, kind); err != nil {
+				return err
+			}
+			n = 0
 		}
-		off, length = off+m.length, length-m.length
+		if m.state != unallocated {
+			if n == 0 {
+				from, kind = off, k
+			}
+			n += m.length
+		}
+		off += m.length
 	}
-	return nil
+	if n == 0 {
+		return nil
+	}
+	return fn(from, n, kind)
 }

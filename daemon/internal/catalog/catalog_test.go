@@ -287,6 +287,28 @@ func TestDelete(t *testing.T) {
 	must(t, c.RemoveRepository(ctx, "r1"))
 }
 
+// TestKeep has a deletion given up: what is whole is what it was, in a chain
+// that has ended.
+func TestKeep(t *testing.T) {
+	c, ctx := openNew(t), t.Context()
+	fixture(t, c)
+	take(t, c, fullBackup("b1"))
+	take(t, c, increment("b2", "b1", "b1"))
+	take(t, c, increment("b3", "b1", "b2"))
+	must(t, c.DamagedBackup(ctx, "b3", "a block is not what was written"))
+	must(t, c.BeginDelete(ctx, []string{"b3", "b2", "b1"}, Step{Job: "j", Name: "deleting"}))
+	must(t, c.DeleteBackups(ctx, nil))
+	must(t, c.KeepBackups(ctx, []string{"b1", "b3", "b9"}))
+	for id, want := range map[string]chain.BackupState{"b1": chain.Complete, "b2": chain.Deleting, "b3": chain.Damaged} {
+		if b, err := c.Backup(ctx, id); err != nil || b.State != want {
+			t.Errorf("backup %s is %q (%v), want %q", id, b.State, err, want)
+		}
+	}
+	if ended, err := c.Chain(ctx, "b1"); err != nil || ended.State == chain.Open {
+		t.Errorf("the chain is %+v, %v", ended, err)
+	}
+}
+
 func TestDamage(t *testing.T) {
 	c, ctx := openNew(t), t.Context()
 	fixture(t, c)

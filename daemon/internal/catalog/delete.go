@@ -58,6 +58,22 @@ func noneBuildsOnDeleting(ctx context.Context, tx *sql.Tx) error {
 	return nil
 }
 
+// KeepBackups takes back BeginDelete for backups that are still whole: each is
+// what it was before, complete or damaged. Their chains stay ended. Others than
+// those being deleted are passed over.
+func (c *Catalog) KeepBackups(ctx context.Context, ids []string) error {
+	return c.write(ctx, "keep backups", func(tx *sql.Tx) error {
+		for _, id := range ids {
+			// Only a damaged backup has an error to tell.
+			_, err := tx.ExecContext(ctx, "UPDATE backups SET state = iif(error = '', 'complete', 'damaged') WHERE id = ? AND state = 'deleting'", id)
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
 // DeleteBackups forgets backups that are gone from the repository, and the
 // chains that have none left. ErrState: BeginDelete was not called for one.
 // Ids that are not known (any more) are passed over.

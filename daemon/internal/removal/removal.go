@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/errand"
@@ -20,8 +21,7 @@ type Request struct {
 	Backups []string `json:"backups"`
 }
 
-// Delete is the kind of job that does it. What it began it does not take back:
-// a backup that is partly deleted is no backup.
+// Delete is the kind of job that does it.
 type Delete struct {
 	Catalog *catalog.Catalog
 	Errand  errand.Sender
@@ -61,6 +61,37 @@ func (k Delete) delete(ctx context.Context, h *job.Handle, repo catalog.Reposito
 	return errors.Join(err, failure.Named(k.Catalog.DeleteBackups(context.WithoutCancel(ctx), result.Deleted)))
 }
 
-// Undo leaves what is marked as being deleted: it is not whole any more, and
-// deleting it again carries on.
-func (Delete) Undo(context.Context, *job.Handle) error { return nil }
+// Undo finds out which backups are gone, and which are still whole: those are
+// again what they were. What is neither, or cannot be looked at, stays marked,
+// and deleting it again carries on.
+func (k Delete) Undo(ctx context.Context, h *job.Handle) error {
+	if h.Job().Step == "" {
+		return nil
+	}
+	var r Request
+	if err := json.Unmarshal(h.Job().Spec, &r); err != nil {
+		return fmt.Errorf("cannot read the job's request: %w", err)
+	}
+	repo, err := k.Catalog.Repository(ctx, h.Job().Repository)
+	if err != nil {
+		return err
+	}
+	found, err := k.Errand.Run(ctx, h, repo, transfer.Spec{Operation: transfer.OperationList, Domain: h.Job().Domain})
+	if found == nil || err != nil {
+		return fmt.Errorf("what was to be deleted stays marked so, delete it again: %w", err)
+	}
+	if len(found.Deleted) > 0 { // it was the worker that deletes, of a daemon before this one
+		return k.Catalog.DeleteBackups(ctx, found.Deleted)
+	}
+	var gone, whole []string
+	for _, id := range r.Backups {
+		i := slices.IndexFunc(found.Backups, func(b transfer.BackupState) bool { return b.Backup == id })
+		switch {
+		case i < 0:
+			gone = append(gone, id)
+		case found.Backups[i].Error == nil:
+			whole = append(whole, id)
+		}
+	}
+	return errors.Join(k.Catalog.DeleteBackups(ctx, gone), k.Catalog.KeepBackups(ctx, whole))
+}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"unicode"
@@ -193,11 +194,19 @@ func (h *Hypervisor) BackupDefinition(ctx context.Context, uuid string) (string,
 			return "", err
 		}
 		if active {
-			return d.GetXMLDesc(libvirt.DOMAIN_XML_MIGRATABLE)
+			doc, err := d.GetXMLDesc(libvirt.DOMAIN_XML_MIGRATABLE)
+			return withoutPasswords(doc), err
 		}
 		return d.GetXMLDesc(libvirt.DOMAIN_XML_INACTIVE)
 	})
 }
+
+// passwords are the attributes that libvirt writes for VIR_DOMAIN_XML_SECURE
+// only, which VIR_DOMAIN_XML_MIGRATABLE implies. It quotes all attributes with
+// apostrophes, and escapes these in any value or text.
+var passwords = regexp.MustCompile(` passwd='[^']*'`)
+
+func withoutPasswords(doc string) string { return passwords.ReplaceAllLiteralString(doc, "") }
 
 // Define defines a new domain and returns its UUID. The error is
 // ErrDomainExists when its name or UUID is taken. libvirt has no such mode: a

@@ -42,7 +42,7 @@ func TestInputRepositories(t *testing.T) {
 	}
 	command(t, "", "mount", "-t", "tmpfs", "-o", "ro", "test", readOnly)
 	t.Cleanup(func() { command(t, "", "umount", readOnly) })
-	if err := os.Symlink(h.path, filepath.Join(base, "link")); err != nil {
+	if err := os.Symlink(strange, filepath.Join(base, "link")); err != nil {
 		t.Fatal(err)
 	}
 	empty := makeDirectory(t, filepath.Join(base, "empty"))
@@ -61,7 +61,7 @@ func TestInputRepositories(t *testing.T) {
 		{"missing", "dir", filepath.Join(base, "missing"), false, dbus.ErrRepositoryUnavailable, []string{"missing", "does not exist"}},
 		{"missing, with a newline", "dir", filepath.Join(base, "a\nb"), false, dbus.ErrRepositoryUnavailable, []string{"does not exist"}},
 		{"a file", "dir", filepath.Join(base, "file"), false, dbus.ErrRepositoryUnavailable, []string{"file"}},
-		{"a link", "dir", filepath.Join(base, "link"), false, dbus.ErrRepositoryUnavailable, []string{"link"}},
+		{"a link to what is not empty", "dir", filepath.Join(base, "link"), false, dbus.ErrRepositoryUnavailable, []string{"not empty"}},
 		{"not empty", "dir", strange, false, dbus.ErrRepositoryUnavailable, []string{"strange", "not empty"}},
 		{"not a repository", "dir", empty, true, dbus.ErrRepositoryUnavailable, []string{"not a virtbackup repository"}},
 		{"of a newer format", "dir", newer, true, dbus.ErrRepositoryUnavailable, []string{"newer"}},
@@ -100,14 +100,14 @@ func TestInputRepositoryChanges(t *testing.T) {
 		words    []string
 	}{
 		{"missing", func() { swap(h.path, aside) }, func() { swap(aside, h.path) }, []string{"does not exist"}},
-		{"another at its place", func() { swap(h.path, aside); swap(other.path, h.path) }, func() { swap(h.path, other.path); swap(aside, h.path) }, []string{"another repository"}},
+		{"another at its place", func() { swap(h.path, aside); swap(other.path, h.path) }, func() { swap(h.path, other.path); swap(aside, h.path) }, []string{"holds the repository"}},
 		{"none any more", func() { swap(header, aside) }, func() { swap(aside, header) }, []string{"not a virtbackup repository"}},
-		{"a link to itself", func() {
+		{"a link to another", func() {
 			swap(h.path, aside)
-			if err := os.Symlink(aside, h.path); err != nil {
+			if err := os.Symlink(other.path, h.path); err != nil {
 				t.Fatal(err)
 			}
-		}, func() { _ = os.Remove(h.path); swap(aside, h.path) }, []string{"link"}},
+		}, func() { _ = os.Remove(h.path); swap(aside, h.path) }, []string{"holds the repository"}},
 		{"read-only", func() {
 			command(t, "", "mount", "--bind", h.path, h.path)
 			command(t, "", "mount", "-o", "remount,bind,ro", h.path)

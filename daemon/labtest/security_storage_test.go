@@ -304,9 +304,14 @@ func TestWorkerSandbox(t *testing.T) {
 			t.Errorf("the worker shares the namespace %s: %v", its, err)
 		}
 	}
+	const private = "/root/labtest"
+	if err := os.WriteFile(private, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.Remove(private) })
 	for path, visible := range map[string]bool{
 		h.path: true, "/run/virtbackup/jobs/" + job: true,
-		"/etc/shadow": false, "/etc/virtbackup": false, "/root": false, "/home/labuser": false, "/run/libvirt": false, "/run/dbus": false,
+		"/etc/shadow": false, "/etc/virtbackup": false, private: false, "/home/labuser": false, "/run/libvirt": false, "/run/dbus": false,
 		"/var/lib/virtbackup/catalog.sqlite": false, g.disks()[0].file: false, "/var/lib/virtbackup/scratch": false,
 	} {
 		if _, err := os.Stat(filepath.Join(proc, "root", path)); (err == nil) != visible {

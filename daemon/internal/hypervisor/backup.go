@@ -134,9 +134,12 @@ func (k BeginDisk) element() libvirtxml.DomainBackupPullDisk {
 // BackupJob is the active backup job of a domain. The zero value: there is none.
 type BackupJob struct {
 	Active bool
-	Ours   bool   // its socket is in SocketDirectory
-	Socket string // "" for push mode, and for TCP
-	Disks  []string
+	// Beginning: libvirt is at work on a call to begin a backup, of which
+	// nothing more is known yet. Its caller may be dead.
+	Beginning bool
+	Ours      bool   // its socket is in SocketDirectory
+	Socket    string // "" for push mode, and for TCP
+	Disks     []string
 }
 
 // BackupJob returns the domain's active backup job.
@@ -146,8 +149,12 @@ func (h *Hypervisor) BackupJob(ctx context.Context, uuid string) (BackupJob, err
 
 func backupJob(d *libvirt.Domain) (BackupJob, error) {
 	doc, err := d.BackupGetXMLDesc(0)
-	if isCode(err, libvirt.ERR_NO_DOMAIN_BACKUP) || isCode(err, libvirt.ERR_OPERATION_INVALID) {
-		return BackupJob{}, nil // none, or not running
+	if isCode(err, libvirt.ERR_NO_DOMAIN_BACKUP) {
+		beginning, err := beginning(d)
+		return BackupJob{Beginning: beginning}, err
+	}
+	if isCode(err, libvirt.ERR_OPERATION_INVALID) {
+		return BackupJob{}, nil // not running
 	}
 	if err != nil {
 		return BackupJob{}, err
@@ -174,6 +181,21 @@ func backupJob(d *libvirt.Domain) (BackupJob, error) {
 	return job, nil
 }
 
+// beginning tells whether libvirt's own job of the domain, in which no backup
+// is to be seen yet, is that of a backup.
+func beginning(d *libvirt.Domain) (bool, error) {
+	info, err := d.GetJobStats(0)
+	switch {
+	case isCode(err, libvirt.ERR_OPERATION_TIMEOUT):
+		return true, nil // QEMU does not answer, and libvirt waits for it
+	case isCode(err, libvirt.ERR_OPERATION_INVALID):
+		return false, nil // not running
+	case err != nil:
+		return false, err
+	}
+	return info.Type != libvirt.DOMAIN_JOB_NONE && info.OperationSet && info.Operation == libvirt.DOMAIN_JOB_OPERATION_BACKUP, nil
+}
+
 // endPoll is how often EndBackup looks whether the job is gone. The event
 // that tells could be lost with the connection.
 const endPoll = 20 * time.Millisecond
@@ -190,12 +212,13 @@ func (h *Hypervisor) EndBackup(ctx context.Context, uuid string) error {
 			switch {
 			case err != nil:
 				return struct{}{}, err
+			case job.Beginning: // it would be there after us
 			case !job.Active:
 				return struct{}{}, resumeAfterIOError(d)
 			case !job.Ours:
 				return struct{}{}, ErrForeignJob
 			}
-			if !aborted {
+			if job.Active && !aborted {
 				// A job that ended by itself meanwhile is found gone in the next round.
 				if err := d.AbortJob(); err != nil && !isCode(err, libvirt.ERR_OPERATION_INVALID) {
 					return struct{}{}, err

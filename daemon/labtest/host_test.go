@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"encoding/xml"
 	"errors"
 	"fmt"
 	"os"
@@ -120,12 +121,9 @@ func (h *host) image(b dbus.BackupProperties, target string) string {
 }
 
 // chainIsExact has QEMU compare each image, and all that it is built on, with
-// what its disk held.
+// what its disk held. Disks that were not wanted are not looked at.
 func (h *host) chainIsExact(b dbus.BackupProperties, want snapshot) {
 	h.t.Helper()
-	if len(b.Disks) != len(want) {
-		h.t.Errorf("backup %s has %d disks instead of %d", b.ID, len(b.Disks), len(want))
-	}
 	for target, file := range want {
 		image := h.image(b, target)
 		command(h.t, "", "qemu-img", "check", "-q", "-f", "qcow2", image)
@@ -244,15 +242,25 @@ func (g *guest) disks() []disk { g.t.Helper(); return disksOf(g.t, g.name) }
 
 func disksOf(t *testing.T, domain string) []disk {
 	t.Helper()
+	var definition struct {
+		Disks []struct {
+			Driver struct {
+				Type string `xml:"type,attr"`
+			} `xml:"driver"`
+			Source struct {
+				File string `xml:"file,attr"`
+			} `xml:"source"`
+			Target struct {
+				Dev string `xml:"dev,attr"`
+			} `xml:"target"`
+		} `xml:"devices>disk"`
+	}
+	if err := xml.Unmarshal([]byte(command(t, "", "virsh", "-q", "dumpxml", domain)), &definition); err != nil {
+		t.Fatal(err)
+	}
 	var all []disk
-	for line := range strings.Lines(command(t, "", "lab-domain", "disks", domain)) {
-		var d disk
-		if _, err := fmt.Sscan(line, &d.target, &d.file); err != nil {
-			t.Fatalf("%q is no disk of %s: %v", line, domain, err)
-		}
-		format := command(t, "", "virsh", "-q", "dumpxml", domain, "--xpath", fmt.Sprintf("//disk[target/@dev='%s']/driver/@type", d.target))
-		d.format = strings.Trim(strings.TrimPrefix(format, "type="), `"`)
-		all = append(all, d)
+	for _, d := range definition.Disks {
+		all = append(all, disk{target: d.Target.Dev, file: d.Source.File, format: d.Driver.Type})
 	}
 	return all
 }
@@ -283,8 +291,9 @@ func (g *guest) io(target string, commands ...string) {
 	if err := g.monitor("query-block", &drives); err != nil {
 		g.t.Fatal(err)
 	}
+	disks := g.disks()
 	device := slices.IndexFunc(drives, func(d drive) bool {
-		return slices.ContainsFunc(g.disks(), func(k disk) bool { return k.target == target && k.file == d.Inserted.Image.Filename })
+		return slices.ContainsFunc(disks, func(k disk) bool { return k.target == target && k.file == d.Inserted.Image.Filename })
 	})
 	if device < 0 {
 		g.t.Fatalf("QEMU has no drive for disk %s: %+v", target, drives)

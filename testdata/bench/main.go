@@ -111,6 +111,9 @@ func (g *group) round(ctx context.Context, round int) error {
 	}
 	for i := range g.rows {
 		at := (i + round) % len(g.rows)
+		if err := warm(); err != nil {
+			return err
+		}
 		f, err := g.rows[at].run(ctx)
 		if err != nil {
 			return fmt.Errorf("%s: %w", g.rows[at].name, err)

@@ -98,17 +98,14 @@ func (b *host) restore(ctx context.Context) (figure, error) {
 // compare compares the disk that was restored with the backup as QEMU reads
 // it, and removes it.
 func (b *host) compare(ctx context.Context, dir string) error {
-	for _, name := range []string{"bench-vda.qcow2", "vda.qcow2", "vda"} {
-		if image := filepath.Join(dir, name); exists(image) {
-			return errors.Join(command(ctx, "qemu-img", "compare", "-q", b.last.path, image), os.RemoveAll(dir))
-		}
+	images, err := filepath.Glob(dir + "/*vda*")
+	if err == nil && len(images) != 1 {
+		err = fmt.Errorf("%d images were restored to %s", len(images), dir)
 	}
-	return fmt.Errorf("nothing was restored to %s", dir)
-}
-
-func exists(path string) bool {
-	_, err := os.Stat(path)
-	return err == nil
+	if err != nil {
+		return err
+	}
+	return errors.Join(command(ctx, "qemu-img", "compare", "-q", b.last.path, images[0]), os.RemoveAll(dir))
 }
 
 // worker is what was seen of one.

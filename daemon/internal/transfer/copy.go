@@ -255,6 +255,8 @@ func (d *diskCopy) end() error {
 		return classify(ClassRepository, err)
 	}
 	d.entry.StoredBytes = uint64(info.Size())
+	// Their memory is for the disks that are still being copied.
+	d.writer, d.table = nil, nil
 	return nil
 }
 

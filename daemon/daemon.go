@@ -38,6 +38,7 @@ const (
 	stopWorker    = 30 * time.Second // for a worker to clean up after a cancel
 	stopLimit     = 10 * time.Second // for calls under way when the daemon stops
 	reconcileEach = time.Minute
+	reconcileSoon = time.Second // after an event: those that come together cost one look
 	// Of systemd's limit for the start: for libvirt to come up, and for what an
 	// earlier life left to be cleared up before jobs go on.
 	libvirtLimit   = 30 * time.Second
@@ -239,10 +240,11 @@ func (a *app) notify(state string) {
 }
 
 // reconcile clears up what an earlier life left, closes cleared, and from then
-// on clears up from time to time what could not be cleared up at once.
+// on clears up from time to time what could not be cleared up at once; and soon
+// after a domain was stopped or went on, for it may have got an internal
+// snapshot, to which it can be reverted only without a bitmap of ours.
 func (a *app) reconcile(ctx context.Context, cleared chan<- struct{}) {
-	tick := time.NewTicker(reconcileEach)
-	defer tick.Stop()
+	events := a.hypervisor.Subscribe(ctx)
 	for first := true; ; first = false {
 		if err := a.backup.Reconcile(ctx); err != nil && ctx.Err() == nil {
 			a.log.Warn("cannot clear up what was left over; it is tried again", "error", err)
@@ -250,10 +252,31 @@ func (a *app) reconcile(ctx context.Context, cleared chan<- struct{}) {
 		if first {
 			close(cleared)
 		}
+		if !awaitReconcile(ctx, events) {
+			return
+		}
+	}
+}
+
+// awaitReconcile waits until there may be something to clear up; false: the
+// daemon goes down.
+func awaitReconcile(ctx context.Context, events <-chan hypervisor.Event) bool {
+	timer := time.NewTimer(reconcileEach)
+	defer timer.Stop()
+	for soon := false; ; {
 		select {
 		case <-ctx.Done():
-			return
-		case <-tick.C:
+			return false
+		case <-timer.C:
+			return true
+		case e, ok := <-events:
+			if !ok {
+				return false
+			}
+			if !soon && (e.Kind == hypervisor.EventLifecycle || e.Kind == hypervisor.EventMissed) {
+				soon = true
+				timer.Reset(reconcileSoon)
+			}
 		}
 	}
 }

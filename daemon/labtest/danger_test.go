@@ -79,13 +79,17 @@ func stopWorkers(t *testing.T) (goOn func()) {
 	return goOn
 }
 
-// inBackup waits until libvirt's backup of the guest is active.
+// inBackup waits until libvirt's backup of the guest is active, and the guest
+// goes on.
 func (g *guest) inBackup() {
 	g.t.Helper()
 	eventually(g.t, "libvirt backs "+g.name+" up", func() error {
 		info, err := exec.Command("virsh", "-q", "domjobinfo", g.name).CombinedOutput()
 		if err == nil && !strings.Contains(string(info), "Backup") {
 			err = fmt.Errorf("its job: %s", info)
+		}
+		if held, _ := os.ReadDir("/run/virtbackup/frozen"); len(held) > 0 {
+			err = errors.Join(err, fmt.Errorf("it is held still: %v", held))
 		}
 		return err
 	})
@@ -349,7 +353,7 @@ func TestDangerShutdown(t *testing.T) {
 	g.inBackup()
 	began := time.Now()
 	command(t, "", "lab-domain", "shutdown", g.name)
-	t.Logf("the shutdown took %v", time.Since(began))
+	t.Logf("the guest was off after %v", time.Since(began))
 	goOn()
 	refuses(t, "the backup of a domain that was shut down", h.end(job).Err(), dbus.ErrFailed, g.name, "stopped", "shutdown", "start it")
 	h.nothingLeft(g)

@@ -37,7 +37,7 @@ const KindName = "backup"
 
 // Hypervisor is what a backup needs of libvirt.
 type Hypervisor interface {
-	Lookup(ctx context.Context, nameOrUUID string) (hypervisor.Domain, error)
+	ByUUID(ctx context.Context, uuid string) (hypervisor.Domain, error)
 	Domains(ctx context.Context) ([]hypervisor.Domain, error)
 	State(ctx context.Context, uuid string) (name, reason string, err error)
 	Subscribe(ctx context.Context) <-chan hypervisor.Event

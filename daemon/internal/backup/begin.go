@@ -118,7 +118,7 @@ func (r *run) crashPoint() transfer.Go {
 // fixed records the point in time, after a look at what the domain was then:
 // from now on libvirt refuses what would change its disks.
 func (r *run) fixed(ctx context.Context, point transfer.Go) error {
-	d, err := r.Hypervisor.Lookup(ctx, r.Plan.Domain)
+	d, err := r.Hypervisor.ByUUID(ctx, r.Plan.Domain)
 	if err != nil {
 		return err
 	}

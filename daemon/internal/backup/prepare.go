@@ -78,7 +78,7 @@ func (r *run) gather(ctx context.Context) (f facts, err error) {
 // lookup finds the domain, without the backup job that a dead job of ours may
 // have left: jobs of a domain run one after another, so it is nobody's.
 func (r *run) lookup(ctx context.Context, uuid string) (hypervisor.Domain, error) {
-	d, err := r.Hypervisor.Lookup(ctx, uuid)
+	d, err := r.Hypervisor.ByUUID(ctx, uuid)
 	if err != nil || !d.Active || !d.Job {
 		return d, err
 	}
@@ -89,7 +89,7 @@ func (r *run) lookup(ctx context.Context, uuid string) (hypervisor.Domain, error
 	if err := r.Hypervisor.EndBackup(ctx, uuid); err != nil {
 		return d, err
 	}
-	return r.Hypervisor.Lookup(ctx, uuid)
+	return r.Hypervisor.ByUUID(ctx, uuid)
 }
 
 // bitmaps tells which disks have a usable bitmap of the chain's checkpoint.

@@ -105,7 +105,7 @@ func (k *Kind) reconcileDomain(ctx context.Context, uuid string) error {
 	}
 	limited, cancel := context.WithTimeout(ctx, callLimit)
 	defer cancel()
-	d, err := k.Hypervisor.Lookup(limited, uuid)
+	d, err := k.Hypervisor.ByUUID(limited, uuid)
 	if errors.Is(err, hypervisor.ErrNoDomain) {
 		return k.tidy(ctx, uuid)
 	}

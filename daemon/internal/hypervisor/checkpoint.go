@@ -162,7 +162,7 @@ func deleteCheckpoint(d *libvirt.Domain, name string, flags libvirt.DomainCheckp
 // error is ErrNoCheckpoint otherwise. In a stopped one the images themselves
 // are read, and a disk whose image lacks the bitmap is not in the map.
 func (h *Hypervisor) CheckpointUsable(ctx context.Context, uuid, name string) (map[string]bool, error) {
-	dom, err := h.byUUID(ctx, uuid)
+	dom, err := h.ByUUID(ctx, uuid)
 	if err != nil {
 		return nil, err
 	}
@@ -207,7 +207,7 @@ func usable(doc string) (map[string]bool, error) {
 // libvirt deletes no bitmap at all when one of them is missing, so each disk
 // is tried by itself then: the checkpoint is redefined for that disk alone.
 func (h *Hypervisor) Delete(ctx context.Context, uuid, name, definition string) error {
-	dom, err := h.byUUID(ctx, uuid)
+	dom, err := h.ByUUID(ctx, uuid)
 	if err != nil {
 		return err
 	}

@@ -119,13 +119,17 @@ func (h *Hypervisor) Lookup(ctx context.Context, nameOrUUID string) (Domain, err
 	})
 }
 
-// byUUID is Lookup where a name must not be taken for the UUID.
-func (h *Hypervisor) byUUID(ctx context.Context, uuid string) (Domain, error) {
-	d, err := h.Lookup(ctx, uuid)
-	if err == nil && d.UUID != uuid {
-		return Domain{}, fmt.Errorf("cannot look up domain %s: %w", uuid, ErrNoDomain)
-	}
-	return d, err
+// ByUUID finds a domain by its UUID alone: another domain may bear it as its
+// name. The error is ErrNoDomain when there is none.
+func (h *Hypervisor) ByUUID(ctx context.Context, uuid string) (Domain, error) {
+	return withConnect(ctx, h, "look up domain "+uuid, func(c *libvirt.Connect) (Domain, error) {
+		d, err := c.LookupDomainByUUIDString(uuid)
+		if err != nil {
+			return Domain{}, err
+		}
+		defer freeDomain(d)
+		return describe(c, d)
+	})
 }
 
 // Domains returns all domains, active or not. One that vanishes meanwhile is left out.

@@ -40,7 +40,7 @@ func testForeignJob(t *testing.T, h *Hypervisor, d Domain) {
 	if err != nil || !job.Active || job.Ours {
 		t.Errorf("%+v, %v", job, err)
 	}
-	if d, err = h.Lookup(t.Context(), d.UUID); err != nil || !d.Job {
+	if d, err = h.ByUUID(t.Context(), d.UUID); err != nil || !d.Job {
 		t.Errorf("%+v, %v", d, err)
 	}
 	run(t, "virsh", "domjobabort", d.Name)

@@ -35,6 +35,28 @@ func TestLookup(t *testing.T) {
 	}
 }
 
+// A domain may bear another's UUID as its name.
+func TestByUUIDTakesNoName(t *testing.T) {
+	h := testDriver(t)
+	const gone = "6695eb01-f6a4-8304-79aa-97f2502e1930"
+	uuid, err := h.Define(t.Context(), `<domain type="test"><name>`+gone+`</name><memory>1024</memory><os><type>hvm</type></os></domain>`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d, err := h.Lookup(t.Context(), gone); err != nil || d.UUID != uuid {
+		t.Errorf("by name: %+v, %v", d, err)
+	}
+	if d, err := h.ByUUID(t.Context(), gone); !errors.Is(err, ErrNoDomain) {
+		t.Errorf("by UUID: %+v, %v", d, err)
+	}
+	if d, err := h.ByUUID(t.Context(), uuid); err != nil || d.Name != gone {
+		t.Errorf("by its UUID: %+v, %v", d, err)
+	}
+	if _, err := h.ByUUID(t.Context(), "test"); err == nil {
+		t.Error("found a domain by its name")
+	}
+}
+
 func TestEvents(t *testing.T) {
 	h := testDriver(t)
 	ctx, cancel := context.WithCancel(t.Context())

@@ -376,7 +376,7 @@ func TestLabSnapshots(t *testing.T) {
 	}
 	run(t, "virsh", "snapshot-create-as", "snap", "outer", "--disk-only", "--diskspec", "vda,file="+images+"/snap-vda.overlay")
 	t.Cleanup(func() { _ = os.Remove(images + "/snap-vda.overlay") })
-	d, err := h.Lookup(t.Context(), d.UUID)
+	d, err := h.ByUUID(t.Context(), d.UUID)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -388,7 +388,7 @@ func TestLabSnapshots(t *testing.T) {
 	run(t, "virsh", "snapshot-delete", "snap", "outer", "--metadata")
 	run(t, "lab-domain", "destroy", "snap")
 	run(t, "virsh", "snapshot-create-as", "snap", "inner")
-	if d, err = h.Lookup(t.Context(), d.UUID); err != nil || !d.HasInternalSnapshots() {
+	if d, err = h.ByUUID(t.Context(), d.UUID); err != nil || !d.HasInternalSnapshots() {
 		t.Errorf("%+v, %v", d.Snapshots, err)
 	}
 }

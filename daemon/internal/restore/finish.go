@@ -17,7 +17,7 @@ import (
 
 // define puts the files of a new domain into place and defines it.
 func (k *Kind) define(ctx context.Context, h *job.Handle, r Request, s state) error {
-	_, err := k.Hypervisor.Lookup(ctx, s.Plan.DomainUUID)
+	_, err := k.Hypervisor.ByUUID(ctx, s.Plan.DomainUUID)
 	if errors.Is(err, hypervisor.ErrNoDomain) {
 		err = k.defineNew(ctx, h, r, s)
 	}
@@ -144,7 +144,7 @@ func (k *Kind) settled(ctx context.Context, h *job.Handle, r Request, s state) e
 
 // unused refuses to go on with a domain that was started or saved meanwhile.
 func (k *Kind) unused(ctx context.Context, p Plan) error {
-	d, err := k.Hypervisor.Lookup(ctx, p.DomainUUID)
+	d, err := k.Hypervisor.ByUUID(ctx, p.DomainUUID)
 	if err != nil {
 		return err
 	}

@@ -242,9 +242,8 @@ func beneath(directory, path string) bool {
 
 // planInPlace plans the exchange of a domain's disks.
 func (k *Kind) planInPlace(ctx context.Context, b catalog.Backup, m repository.Manifest, p *Plan, no *refusals) error {
-	d, err := k.Hypervisor.Lookup(ctx, b.Domain)
-	// A domain may bear another's UUID as its name.
-	if errors.Is(err, hypervisor.ErrNoDomain) || err == nil && d.UUID != b.Domain {
+	d, err := k.Hypervisor.ByUUID(ctx, b.Domain)
+	if errors.Is(err, hypervisor.ErrNoDomain) {
 		p.DomainName, p.DomainUUID = b.DomainName, b.Domain
 		no.add("domain %q is not defined any more: restore it as a new domain", b.DomainName)
 		return nil

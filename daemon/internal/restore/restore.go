@@ -32,6 +32,7 @@ import (
 // Hypervisor is what a restore needs of libvirt.
 type Hypervisor interface {
 	Lookup(ctx context.Context, nameOrUUID string) (hypervisor.Domain, error)
+	ByUUID(ctx context.Context, uuid string) (hypervisor.Domain, error)
 	State(ctx context.Context, uuid string) (name, reason string, err error)
 	Define(ctx context.Context, definition string) (uuid string, err error)
 	Undefine(ctx context.Context, uuid string, removeNVRAM bool) error

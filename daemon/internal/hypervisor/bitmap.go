@@ -43,10 +43,16 @@ func offlineBitmaps(ctx context.Context, dom Domain, name string) (map[string]bo
 }
 
 // removeOffline removes a bitmap from the images of a stopped domain. QEMU's
-// image lock makes it fail when the domain is started meanwhile.
+// image lock makes it fail when the domain is started meanwhile. What is begun
+// is waited for, also when ctx ends: to write, QEMU marks all bitmaps of the
+// image, foreign ones too, as in use until it closes it, and killed before
+// that it would leave all of them inconsistent.
 func removeOffline(ctx context.Context, dom Domain, name string) error {
 	return eachImageWith(ctx, dom, name, func(k Disk, _ imageBitmap) error {
-		return qemuImg(ctx, nil, "bitmap", "--remove", "-f", k.Format, k.Source, name)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return qemuImg(context.WithoutCancel(ctx), nil, "bitmap", "--remove", "-f", k.Format, k.Source, name)
 	})
 }
 

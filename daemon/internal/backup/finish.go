@@ -99,10 +99,10 @@ func (k *Kind) tidy(ctx context.Context, uuid string) error {
 		return err
 	}
 	var failed []error
-	keep := map[string]bool{}
+	keep := map[string]catalog.Checkpoint{}
 	for _, c := range known {
 		if c.State != catalog.CheckpointObsolete {
-			keep[c.Name] = true
+			keep[c.Name] = c
 			continue
 		}
 		err := k.Hypervisor.Delete(ctx, uuid, c.Name, c.XML)
@@ -116,13 +116,28 @@ func (k *Kind) tidy(ctx context.Context, uuid string) error {
 		failed = append(failed, err)
 	}
 	for _, name := range left {
-		if keep[name] {
-			failed = append(failed, k.Hypervisor.Forget(ctx, uuid, name))
+		if c, any := keep[name]; any {
+			failed = append(failed, k.forget(ctx, c))
 		} else {
 			failed = append(failed, k.Hypervisor.Delete(ctx, uuid, name, ""))
 		}
 	}
 	return errors.Join(failed...)
+}
+
+// forget has libvirt forget a checkpoint, once its definition is in the catalog:
+// without it the bitmaps could never be used, nor removed from a running domain.
+func (k *Kind) forget(ctx context.Context, c catalog.Checkpoint) error {
+	if c.XML == "" {
+		definition, err := k.Hypervisor.CheckpointDefinition(ctx, c.Domain, c.Name)
+		if err != nil {
+			return err
+		}
+		if err := k.Catalog.SetCheckpointXML(ctx, c.Name, definition); err != nil {
+			return err
+		}
+	}
+	return k.Hypervisor.Forget(ctx, c.Domain, c.Name)
 }
 
 // breakSnapshotted ends the chains of a domain that has internal snapshots: a

@@ -129,7 +129,7 @@ const (
 // stepData is recorded with each step.
 type stepData struct {
 	Plan  Plan
-	Point transfer.Go // of stepCopying
+	Point transfer.Go // of stepBegin, not after that moment; of stepCopying
 }
 
 // run is one backup at work.
@@ -197,7 +197,7 @@ func (r *run) start(ctx context.Context) error {
 		return err
 	}
 	if begun {
-		return r.fixed(ctx, r.crashPoint())
+		return r.fixed(ctx, r.Point)
 	}
 	if r.job.Job().Step != "" {
 		if err := r.discardLost(ctx); err != nil {

@@ -18,6 +18,9 @@ import (
 // begin fixes the point in time of all disks. The guest is held no longer than
 // libvirt takes to begin the backup: everything else is ready.
 func (r *run) begin(ctx context.Context) error {
+	// What is known of the point when nobody is left to say more: whether the
+	// guest was held still at that moment is not.
+	r.Point = transfer.Go{Created: time.Now().UnixMicro(), Consistency: string(quiesce.Crash), Thawed: true}
 	if err := r.job.Step(ctx, stepBegin, r.stepData); err != nil {
 		return err
 	}
@@ -107,12 +110,6 @@ func (r *run) exported(ctx context.Context) bool {
 		_ = c.Close()
 	}
 	return true
-}
-
-// crashPoint is the point in time that an earlier life of the daemon fixed:
-// whether the guest was held still at that moment is not known.
-func (r *run) crashPoint() transfer.Go {
-	return transfer.Go{Created: time.Now().UnixMicro(), Consistency: string(quiesce.Crash), Thawed: true}
 }
 
 // fixed records the point in time, after a look at what the domain was then:

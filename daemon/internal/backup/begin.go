@@ -63,12 +63,19 @@ func (r *run) hold(ctx context.Context, mode quiesce.Mode) (at time.Time, held q
 // died: no event tells.
 const beginPoll = 50 * time.Millisecond
 
+// beginLimit bounds how long such a call is waited for. libvirt itself waits 30 s
+// for another job of the domain, and longer only for a QEMU that hangs.
+const beginLimit = 2 * time.Minute
+
 // begun tells whether libvirt did begin the backup before the daemon was
 // restarted. A call to libvirt takes effect as a whole, also when its caller dies.
 func (r *run) begun(ctx context.Context) (bool, error) {
 	if err := r.Quiescer.ThawLeftover(ctx); err != nil {
 		return false, err
 	}
+	ctx, cancel := context.WithTimeoutCause(ctx, beginLimit,
+		failure.Errorf(dbus.ErrUnavailable, "libvirt goes on beginning the backup of domain %q, see whether its QEMU hangs", r.Plan.DomainName))
+	defer cancel()
 	for {
 		active, err := r.Hypervisor.BackupJob(ctx, r.Plan.Domain)
 		if err != nil {

@@ -83,10 +83,15 @@ func (r *run) lookup(ctx context.Context, uuid string) (hypervisor.Domain, error
 		return d, err
 	}
 	active, err := r.Hypervisor.BackupJob(ctx, uuid)
-	if err != nil || !active.Ours {
+	if err != nil || !active.Ours && !active.Beginning {
 		return d, err
 	}
-	if err := r.Hypervisor.EndBackup(ctx, uuid); err != nil {
+	// Whose it is that libvirt is beginning is seen when it has begun.
+	limited, cancel := context.WithTimeout(ctx, callLimit)
+	defer cancel()
+	if err := r.Hypervisor.EndBackup(limited, uuid); errors.Is(err, hypervisor.ErrForeignJob) {
+		return d, nil
+	} else if err != nil {
 		return d, err
 	}
 	return r.Hypervisor.ByUUID(ctx, uuid)

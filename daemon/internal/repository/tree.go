@@ -177,7 +177,7 @@ func (t tree) removeAll(name string) error {
 	}
 	names, err := t.names(name)
 	if err != nil {
-		return err
+		return ignoreMissing(err)
 	}
 	for _, n := range names {
 		if err := t.removeAll(name + "/" + n); err != nil {

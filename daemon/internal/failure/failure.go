@@ -85,7 +85,7 @@ func Worker(ctx context.Context, repository string, err error) error {
 		return Errorf(dbus.ErrRepositoryUnavailable, "repository %q: %w", repository, err)
 	case transfer.ClassFull:
 		return Errorf(dbus.ErrRepositoryFull, "repository %q: %w", repository, err)
-	case transfer.ClassParent, transfer.ClassManifest, transfer.ClassVerification:
+	case transfer.ClassParent, transfer.ClassManifest, transfer.ClassMissing, transfer.ClassVerification:
 		return Errorf(dbus.ErrDamaged, "repository %q: %w", repository, err)
 	}
 	return err

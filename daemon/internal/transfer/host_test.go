@@ -77,7 +77,7 @@ func (h *host) job(s Spec) string {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		h.Fatal(err)
 	}
-	s.Version, s.Job = SpecVersion, fmt.Sprint(h.jobs)
+	s.Version, s.Job = SpecVersion, h.id()
 	s.Repository.Path, s.Repository.Name, s.Repository.KeyFile = h.repo, "test", h.key
 	if s.Domain == "" && s.Operation != OperationList {
 		s.Domain = testDomain

@@ -3,12 +3,14 @@ package transfer
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/oklog/ulid/v2"
 	"golang.org/x/sys/unix"
 )
 
@@ -142,12 +144,13 @@ func TestCancelledRestoreLeavesNothing(t *testing.T) {
 func TestProbeCollects(t *testing.T) {
 	h, _, full, increment := chainOfTwo(t, "none")
 	dead, live := h.id(), h.id()
+	younger := ulid.MustNew(h.clock+1e6, rand.Reader).String() // submitted after the probe
 	probe := h.run(Spec{Operation: OperationProbe})
 	if probe.Error != nil || probe.Repository.ID == "" || probe.Repository.Free == 0 || probe.Repository.ReadOnly {
 		t.Fatalf("%+v", probe)
 	}
 	stage := func(id string) string { return filepath.Join(h.repo, ".staging", id+"."+probe.Repository.Host) }
-	for _, id := range []string{dead, live} {
+	for _, id := range []string{dead, live, younger} {
 		if err := os.Mkdir(stage(id), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -159,10 +162,12 @@ func TestProbeCollects(t *testing.T) {
 	if err := unix.Access(stage(dead), unix.F_OK); err != unix.ENOENT {
 		t.Errorf("what the dead job left is there: %v", err)
 	}
-	if err := unix.Access(stage(live), unix.F_OK); err != nil {
-		t.Errorf("what the live job made is gone: %v", err)
+	for _, id := range []string{live, younger} {
+		if err := unix.Access(stage(id), unix.F_OK); err != nil {
+			t.Errorf("what a live job made is gone: %v", err)
+		}
 	}
-	if r := h.run(Spec{Operation: OperationDiscard, Backups: []string{live}}); r.Error != nil {
+	if r := h.run(Spec{Operation: OperationDiscard, Backups: []string{live, younger}}); r.Error != nil {
 		t.Fatal(r.Error)
 	}
 	h.checkClean()
@@ -172,5 +177,37 @@ func TestProbeCollects(t *testing.T) {
 	}
 	if r := h.run(Spec{Operation: OperationList}); r.Error != nil || len(r.Backups) != 0 {
 		t.Errorf("%+v", r)
+	}
+}
+
+// TestMissingBackup tells a backup that somebody removed from a repository that
+// is not there, and from one that is damaged.
+func TestMissingBackup(t *testing.T) {
+	h, _, full, increment := chainOfTwo(t, "none")
+	if err := os.RemoveAll(filepath.Join(h.repo, testDomain, full)); err != nil {
+		t.Fatal(err)
+	}
+	r := h.run(Spec{Operation: OperationVerify, Backups: []string{increment}})
+	if r.Error != nil {
+		t.Fatal(r.Error)
+	}
+	got := map[string]Class{}
+	for _, b := range r.Backups {
+		if b.Error != nil {
+			got[b.Backup] = b.Error.Class
+		}
+	}
+	if len(got) != 2 || got[full] != ClassMissing || got[increment] != ClassParent {
+		t.Errorf("found %v", got)
+	}
+	if err := os.Rename(h.repo, h.repo+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(h.repo, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	r = h.run(Spec{Operation: OperationVerify, Backups: []string{increment}})
+	if r.Error == nil || r.Error.Class != ClassRepository || len(r.Backups) > 0 {
+		t.Errorf("of a share that is away: %+v", r)
 	}
 }

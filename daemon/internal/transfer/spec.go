@@ -58,8 +58,8 @@ type Spec struct {
 	Repository RepositorySpec `json:"repository"`
 	Domain     string         `json:"domain,omitempty"`  // UUID
 	Backups    []string       `json:"backups,omitempty"` // of verify, delete, discard
-	Live       []string       `json:"live,omitempty"`    // of probe: ids of backups whose jobs live; the rest is collected
-	Collect    bool           `json:"collect,omitempty"` // of probe: whether to collect
+	Live       []string       `json:"live,omitempty"`    // of init and probe: ids of jobs that live, and of their backups
+	Collect    bool           `json:"collect,omitempty"` // of init and probe: whether to remove what is of none of them
 	Backup     *BackupSpec    `json:"backup,omitempty"`
 	Restore    *RestoreSpec   `json:"restore,omitempty"`
 }
@@ -221,6 +221,7 @@ const (
 	ClassParent       Class = "parent"          // the parent backup is missing or damaged: make a full one
 	ClassForeign      Class = "foreign"         // another host writes here
 	ClassManifest     Class = "manifest"        // damaged, forged, or another host's
+	ClassMissing      Class = "missing"         // the backup is not in the repository, which itself is there
 	ClassVerification Class = "verification"    // the data read back is not what was written
 	ClassDestination  Class = "destination"     // of a restore
 	ClassInternal     Class = "internal"        // our fault

@@ -2,6 +2,7 @@ package transfer
 
 import (
 	"context"
+	"errors"
 	"slices"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
@@ -57,6 +58,9 @@ func (w *worker) verifyBackup(ctx context.Context, r *repository.Repository, sta
 		return inRepository(err)
 	}
 	l, err := trace(r, state.Domain, state.Backup)
+	if errors.Is(err, repository.ErrNoBackup) { // it is there itself
+		return fail(ClassParent, "what it builds on is gone: %w", err)
+	}
 	if err != nil {
 		return inRepository(err)
 	}

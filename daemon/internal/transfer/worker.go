@@ -122,18 +122,28 @@ func (w *worker) probe(ctx context.Context) error {
 		return inRepository(err)
 	}
 	if w.spec.Collect && !state.ReadOnly {
-		live := map[string]bool{}
-		for _, backup := range w.spec.Live {
-			live[backup] = true
-		}
-		if err := r.Collect(ctx, func(backup string) bool { return live[backup] }); err != nil {
-			return inRepository(err)
+		if err := w.collect(ctx, r); err != nil {
+			return err
 		}
 	}
 	if state.Free, state.Total, err = r.Space(); err != nil {
 		return inRepository(err)
 	}
 	w.result.Repository = state
+	return nil
+}
+
+// collect clears up after dead jobs. Jobs that were submitted after this one
+// are in no list that it was given: what they make has a greater id. What cannot
+// be removed makes the repository no worse, so that is no failure.
+func (w *worker) collect(ctx context.Context, r *repository.Repository) error {
+	err := r.Collect(ctx, func(id string) bool { return id > w.spec.Job || slices.Contains(w.spec.Live, id) })
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err != nil {
+		w.log.Warn("cannot remove what dead jobs left; the next check tries again", "error", err)
+	}
 	return nil
 }
 
@@ -191,7 +201,8 @@ func (w *worker) delete(ctx context.Context) error {
 	}
 	newestFirst := slices.Sorted(slices.Values(w.spec.Backups))
 	slices.Reverse(newestFirst)
-	claim, err := r.Claim(w.spec.Domain, newestFirst[0])
+	// In this job's name: the backups' are as old as they are, and collect goes by age.
+	claim, err := r.Claim(w.spec.Domain, w.spec.Job)
 	if err != nil {
 		return inRepository(err)
 	}

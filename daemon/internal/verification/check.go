@@ -41,11 +41,32 @@ func (k Check) Run(ctx context.Context, h *job.Handle) error {
 	if r.New && !r.Existing {
 		operation = transfer.OperationInit
 	}
-	result, err := k.Errand.Run(ctx, h, repo, transfer.Spec{Operation: operation})
+	live, err := k.live(ctx, repo.ID)
+	if err != nil {
+		return err
+	}
+	result, err := k.Errand.Run(ctx, h, repo, transfer.Spec{Operation: operation, Collect: true, Live: live})
 	if errors.Is(err, job.ErrDetach) {
 		return err
 	}
 	return errors.Join(err, k.record(context.WithoutCancel(ctx), repo, result, err))
+}
+
+// live returns in whose name there may be something in a repository that is not
+// finished, and must not be taken for what a dead job left.
+func (k Check) live(ctx context.Context, repository string) ([]string, error) {
+	jobs, err := k.Catalog.UnfinishedJobs(ctx)
+	var ids []string
+	for _, j := range jobs {
+		if j.Repository != repository {
+			continue
+		}
+		ids = append(ids, j.ID)
+		if j.Backup != "" {
+			ids = append(ids, j.Backup)
+		}
+	}
+	return ids, err
 }
 
 func (k Check) record(ctx context.Context, repo catalog.Repository, result *transfer.Result, problem error) error {

@@ -86,20 +86,29 @@ func (k Verify) record(ctx context.Context, h *job.Handle, found []transfer.Back
 		case b.Error == nil:
 			err = k.Catalog.VerifiedBackup(ctx, b.Backup, now)
 		case damage(b.Error.Class):
-			h.Log(ctx, slog.LevelError, fmt.Sprintf("backup %s is damaged: %s", b.Backup, b.Error.Message))
+			h.Log(ctx, slog.LevelError, fmt.Sprintf("backup %s is %s: %s", b.Backup, word(b.Error.Class), b.Error.Message))
 			err = k.Catalog.DamagedBackup(ctx, b.Backup, b.Error.Message)
 		}
-		if err != nil && !errors.Is(err, catalog.ErrNotFound) {
+		// One whose deletion was cut short may well be missing.
+		if err != nil && !errors.Is(err, catalog.ErrNotFound) && !errors.Is(err, catalog.ErrState) {
 			return failure.Errorf(dbus.ErrFailed, "cannot record what was found of backup %s: %w", b.Backup, err)
 		}
 	}
 	return nil
 }
 
+// word says to people what is wrong with a backup.
+func word(c transfer.Class) string {
+	if c == transfer.ClassMissing {
+		return "missing"
+	}
+	return "damaged"
+}
+
 // damage tells whether a failure is about what is stored; a share that does not
 // answer says nothing about the backups in it.
 func damage(c transfer.Class) bool {
-	return c == transfer.ClassVerification || c == transfer.ClassManifest || c == transfer.ClassParent
+	return c == transfer.ClassVerification || c == transfer.ClassManifest || c == transfer.ClassParent || c == transfer.ClassMissing
 }
 
 // Undo has nothing to undo.

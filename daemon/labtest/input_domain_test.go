@@ -4,6 +4,7 @@ package labtest
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -111,8 +112,12 @@ func testEncrypted(t *testing.T, h *host) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(filepath.Dir(file)) })
-	command(t, "", "qemu-img", "create", "-q", "-f", "luks", "--object", "secret,id=key,data="+luksPassword,
-		"-o", "key-secret=key,iter-time=10", file, "8M")
+	// qemu-img measures the processor to choose the key's iterations, and gives
+	// up on one that is busy with something else.
+	eventually(t, "qemu-img makes a LUKS image", func() error {
+		return exec.Command("qemu-img", "create", "-q", "-f", "luks", "--object", "secret,id=key,data="+luksPassword,
+			"-o", "key-secret=key,iter-time=10", file, "8M").Run()
+	})
 	words := strings.Fields(command(t, "<secret private='yes'><usage type='volume'><volume>"+file+"</volume></usage></secret>",
 		"virsh", "secret-define", "/dev/stdin"))
 	secret := words[1] // Secret UUID created

@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
+	"time"
 
 	"libvirt.org/go/libvirt"
 	"libvirt.org/go/libvirtxml"
@@ -115,7 +117,7 @@ func (h *Hypervisor) Lookup(ctx context.Context, nameOrUUID string) (Domain, err
 			return Domain{}, err
 		}
 		defer freeDomain(d)
-		return describe(c, d)
+		return describe(ctx, c, d)
 	})
 }
 
@@ -128,11 +130,16 @@ func (h *Hypervisor) ByUUID(ctx context.Context, uuid string) (Domain, error) {
 			return Domain{}, err
 		}
 		defer freeDomain(d)
-		return describe(c, d)
+		return describe(ctx, c, d)
 	})
 }
 
-// Domains returns all domains, active or not. One that vanishes meanwhile is left out.
+// askLimit bounds how long Domains waits for one QEMU.
+const askLimit = 5 * time.Second
+
+// Domains returns all domains, active or not. One that vanishes meanwhile is
+// left out. What only QEMU knows (sizes, jobs) is zero when it hangs: one guest
+// must not keep all others from being seen.
 func (h *Hypervisor) Domains(ctx context.Context) ([]Domain, error) {
 	return withConnect(ctx, h, "list the domains", func(c *libvirt.Connect) ([]Domain, error) {
 		all, err := c.ListAllDomains(0)
@@ -141,22 +148,79 @@ func (h *Hypervisor) Domains(ctx context.Context) ([]Domain, error) {
 		}
 		var list []Domain
 		for i := range all {
-			d, err := describe(c, &all[i])
-			freeDomain(&all[i])
-			if isCode(err, libvirt.ERR_NO_DOMAIN) {
+			known, err := definedAs(c, &all[i])
+			if err == nil {
+				list = append(list, askAtMost(ctx, askLimit, &all[i], known))
 				continue
 			}
-			if err != nil {
+			freeDomain(&all[i])
+			if !isCode(err, libvirt.ERR_NO_DOMAIN) {
 				return nil, err
 			}
-			list = append(list, d)
 		}
 		return list, nil
 	})
 }
 
 // describe asks libvirt everything that Domain holds.
-func describe(c *libvirt.Connect, d *libvirt.Domain) (Domain, error) {
+func describe(ctx context.Context, c *libvirt.Connect, d *libvirt.Domain) (Domain, error) {
+	out, err := definedAs(c, d)
+	if err == nil {
+		ask(ctx, d, &out)
+	}
+	return out, err
+}
+
+// askAtMost is ask that gives up, with what is known, when QEMU does not answer
+// in time. It frees d.
+func askAtMost(ctx context.Context, limit time.Duration, d *libvirt.Domain, known Domain) Domain {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	asked := make(chan Domain, 1)
+	go func(out Domain) {
+		defer freeDomain(d)
+		out.Disks = slices.Clone(out.Disks)
+		ask(ctx, d, &out)
+		asked <- out
+	}(known)
+	select {
+	case out := <-asked:
+		return out
+	case <-ctx.Done():
+		return known
+	}
+}
+
+// ask fills in what libvirt has to ask QEMU for. It does not go on to ask when
+// ctx has ended: libvirtd does only a few calls of one connection at a time.
+func ask(ctx context.Context, d *libvirt.Domain, out *Domain) {
+	for i, k := range out.Disks {
+		if k.SourceType == "" || ctx.Err() != nil {
+			continue
+		}
+		if info, err := d.GetBlockInfo(k.Target, 0); err == nil {
+			out.Disks[i].Capacity, out.Disks[i].Allocation = info.Capacity, info.Allocation
+		}
+	}
+	if !out.Active || ctx.Err() != nil {
+		return
+	}
+	if info, err := d.GetJobInfo(); err == nil {
+		out.Job = info.Type != libvirt.DOMAIN_JOB_NONE
+	}
+	for _, k := range out.Disks {
+		if k.SourceType == "" || ctx.Err() != nil {
+			continue
+		}
+		// An error means "no such job" or "cannot have one" here.
+		if info, err := d.GetBlockJobInfo(k.Target, 0); err == nil && info.Type != libvirt.DOMAIN_BLOCK_JOB_TYPE_UNKNOWN {
+			out.BlockJobs = append(out.BlockJobs, k.Target)
+		}
+	}
+}
+
+// definedAs tells what libvirt knows by itself, without asking QEMU.
+func definedAs(c *libvirt.Connect, d *libvirt.Domain) (Domain, error) {
 	doc, err := d.GetXMLDesc(0)
 	if err != nil {
 		return Domain{}, err
@@ -180,13 +244,13 @@ func describe(c *libvirt.Connect, d *libvirt.Domain) (Domain, error) {
 			out.TPM = out.TPM || t.Backend != nil && t.Backend.Emulator != nil
 		}
 		for i := range def.Devices.Disks {
-			out.Disks = append(out.Disks, describeDisk(c, d, &def.Devices.Disks[i]))
+			out.Disks = append(out.Disks, describeDisk(c, &def.Devices.Disks[i]))
 		}
 	}
 	return out, describeMoments(d, &out)
 }
 
-// describeMoments fills in snapshots, checkpoints, saved state and jobs. The
+// describeMoments fills in snapshots, checkpoints and saved state. The
 // test driver, and old ones, do not know all of these: that reads as "none".
 func describeMoments(d *libvirt.Domain, out *Domain) error {
 	var err error
@@ -198,21 +262,6 @@ func describeMoments(d *libvirt.Domain, out *Domain) error {
 	}
 	if out.HasManagedSave, err = d.HasManagedSaveImage(0); err != nil && !isCode(err, libvirt.ERR_NO_SUPPORT) {
 		return err
-	}
-	if !out.Active {
-		return nil
-	}
-	if info, err := d.GetJobInfo(); err == nil {
-		out.Job = info.Type != libvirt.DOMAIN_JOB_NONE
-	}
-	for _, k := range out.Disks {
-		if k.SourceType == "" {
-			continue
-		}
-		// An error means "no such job" or "cannot have one" here.
-		if info, err := d.GetBlockJobInfo(k.Target, 0); err == nil && info.Type != libvirt.DOMAIN_BLOCK_JOB_TYPE_UNKNOWN {
-			out.BlockJobs = append(out.BlockJobs, k.Target)
-		}
 	}
 	return nil
 }
@@ -243,7 +292,7 @@ func firmware(def *libvirtxml.Domain) Firmware {
 	return f
 }
 
-func describeDisk(c *libvirt.Connect, d *libvirt.Domain, x *libvirtxml.DomainDisk) Disk {
+func describeDisk(c *libvirt.Connect, x *libvirtxml.DomainDisk) Disk {
 	k := Disk{
 		Device: x.Device, Format: "raw", Serial: x.Serial,
 		ReadOnly: x.ReadOnly != nil, Shareable: x.Shareable != nil, Transient: x.Transient != nil,
@@ -275,9 +324,6 @@ func describeDisk(c *libvirt.Connect, d *libvirt.Domain, x *libvirtxml.DomainDis
 		if kind, path := source(c, b.Source); kind != "" { // the end of a chain is an empty element
 			k.Backing = append(k.Backing, path)
 		}
-	}
-	if info, err := d.GetBlockInfo(k.Target, 0); err == nil {
-		k.Capacity, k.Allocation = info.Capacity, info.Allocation
 	}
 	return k
 }

@@ -8,7 +8,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 )
 
 // TestLabOneGuest is what can share a running guest: a start takes long under load.
@@ -19,6 +21,7 @@ func TestLabOneGuest(t *testing.T) {
 	t.Run("full scratch", func(t *testing.T) { testFullScratch(t, h, d) })
 	t.Run("agent", func(t *testing.T) { testAgent(t, h, d) })
 	t.Run("hostile agent", func(t *testing.T) { testHostileAgent(t, h, d) })
+	t.Run("hung", func(t *testing.T) { testHung(t, h, d) })
 	t.Run("not running", func(t *testing.T) { testNotRunning(t, h, d) })
 }
 
@@ -47,6 +50,27 @@ func testForeignJob(t *testing.T, h *Hypervisor, d Domain) {
 }
 
 // A full scratch image pauses the guest; EndBackup lets it go on.
+// A QEMU that hangs costs only what it alone knows.
+func testHung(t *testing.T, h *Hypervisor, d Domain) {
+	pid := strings.TrimSpace(run(t, "cat", "/run/libvirt/qemu/"+d.Name+".pid"))
+	run(t, "kill", "-STOP", pid)
+	defer func() {
+		run(t, "kill", "-CONT", pid)
+		if again, err := h.ByUUID(t.Context(), d.UUID); err != nil || again.Disks[0].Capacity == 0 {
+			t.Errorf("it goes on: %+v, %v", again, err)
+		}
+	}()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	all, err := h.Domains(ctx)
+	if err != nil || len(all) != 1 || all[0].UUID != d.UUID || all[0].State != StateRunning || all[0].Disks[0].Source != d.Disks[0].Source {
+		t.Fatalf("got %+v, %v", all, err)
+	}
+	if all[0].Disks[0].Capacity != 0 {
+		t.Error("QEMU was not hung")
+	}
+}
+
 func testFullScratch(t *testing.T, h *Hypervisor, d Domain) {
 	write(t, d, "0")
 	run(t, "lab-domain", "exec", d.Name, "--", "dd", "if=/dev/urandom", "of=/dev/vda", "bs=1M", "count=16", "conv=fsync")

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -38,6 +39,7 @@ const (
 	stopWorker    = 30 * time.Second // for a worker to clean up after a cancel
 	stopLimit     = 10 * time.Second // for calls under way when the daemon stops
 	reconcileEach = time.Minute
+	checkLimit    = time.Minute // that the start waits for one repository to be looked at before the next
 	reconcileSoon = time.Second // after an event: those that come together cost one look
 	// Of systemd's limit for the start: for libvirt to come up, and for what an
 	// earlier life left to be cleared up before jobs go on.
@@ -199,11 +201,38 @@ func (a *app) serve(ctx context.Context) error {
 	}
 	a.notify(daemon.SdNotifyReady)
 	a.log.Info("virtbackupd is ready", "version", version)
+	background.Go(func() { a.checkRepositories(ctx) })
 	err := a.tend(ctx)
 	a.notify(daemon.SdNotifyStopping)
 	limited, done := context.WithTimeout(context.WithoutCancel(ctx), stopLimit)
 	defer done()
 	return errors.Join(err, a.server.Stop(limited))
+}
+
+// checkRepositories has each repository looked at, and cleared of what was left
+// there when the host went down. One after the other: jobs that people ask for
+// need not queue up behind them.
+func (a *app) checkRepositories(ctx context.Context) {
+	all, err := a.catalog.Repositories(ctx)
+	if err != nil && ctx.Err() == nil {
+		a.log.Warn("cannot tell which repositories to check", "error", err)
+	}
+	for _, r := range all {
+		queued := slices.ContainsFunc(a.engine.Active(), func(j job.Status) bool {
+			return j.Repository == r.ID && j.Kind == string(dbus.OperationCheck)
+		})
+		if queued || ctx.Err() != nil {
+			continue
+		}
+		id, err := a.service.CheckRepository(ctx, bus.Caller{}, r.ID)
+		if err != nil {
+			a.log.Warn("cannot check a repository", "repository", r.Name, "error", err)
+			continue
+		}
+		limited, cancel := context.WithTimeout(ctx, checkLimit)
+		_, _ = a.engine.Wait(limited, id) // the job says how it ended
+		cancel()
+	}
 }
 
 // tend tells systemd's watchdog that we live, as long as the catalog answers.

@@ -96,6 +96,11 @@ func (r *run) watch(ctx context.Context, abort context.CancelCauseFunc) {
 		if err == nil && state == hypervisor.StatePaused && reason == hypervisor.ReasonIOError {
 			abort(failure.Errorf(dbus.ErrLimitsExceeded, "domain %q was paused by an I/O error while it was being backed up, and the backup was ended: is there space below %s?",
 				r.Plan.DomainName, r.Settings().ScratchDirectory))
+			// Now, and not when the worker has stopped: the guest does not wait for a repository that hangs.
+			// An error here is met again when the backup is undone.
+			limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), callLimit)
+			defer cancel()
+			_ = r.Hypervisor.EndBackup(limited, r.Plan.Domain)
 			return
 		}
 		if !r.awaitEvent(events) {

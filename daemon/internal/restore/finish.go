@@ -31,24 +31,30 @@ func (k *Kind) define(ctx context.Context, h *job.Handle, r Request, s state) er
 	return k.settled(ctx, h, r, s)
 }
 
-func (k *Kind) defineNew(ctx context.Context, h *job.Handle, r Request, s state) error {
-	document, err := definitionOf(s.Plan)
+// newDefinition makes the new domain's definition from the one that a worker
+// restored, and tells what is left out.
+func (k *Kind) newDefinition(r Request, p Plan) (definition string, dropped []string, err error) {
+	document, err := definitionOf(p)
 	if err != nil {
-		return err
+		return "", nil, err
 	}
 	changes := hypervisor.Changes{
-		Name: s.Plan.DomainName, UUID: s.Plan.DomainUUID, KeepMACs: r.KeepMACs, DropInterfaces: r.DropInterfaces,
+		Name: p.DomainName, UUID: p.DomainUUID, KeepMACs: r.KeepMACs, DropInterfaces: r.DropInterfaces,
 		Disks: map[string]hypervisor.NewDisk{}, SkipOtherDisks: true, BootDirectories: k.Destinations(),
 	}
-	for _, d := range s.Plan.Disks {
+	for _, d := range p.Disks {
 		changes.Disks[d.Target] = hypervisor.NewDisk{Path: d.Destination, Format: d.Format}
 	}
-	for _, f := range s.Plan.Files {
+	for _, f := range p.Files {
 		if f.Name == nvramName {
 			changes.NVRAM = f.Destination
 		}
 	}
-	definition, dropped, err := hypervisor.NewDefinition(document, changes)
+	return hypervisor.NewDefinition(document, changes)
+}
+
+func (k *Kind) defineNew(ctx context.Context, h *job.Handle, r Request, s state) error {
+	definition, dropped, err := k.newDefinition(r, s.Plan)
 	if err != nil {
 		return err
 	}

@@ -7,7 +7,9 @@
 // exchange with the disk that was there, which is given up when all are done.
 //
 //	step       recorded before           then                    after a restart
-//	planned    directories are made      the worker copies       the same again
+//	planned    directories are made      a worker brings the     the same again
+//	                                     new domain's definition
+//	copying    that definition is good   the worker copies       the same again
 //	placing    the first file is moved   move, define            carry on: what is in place is seen by its inode
 //	placed     the old disks go, or      clear up, start         the same again; nothing is taken back any more
 //	           the new domain starts
@@ -68,6 +70,7 @@ type Request struct {
 
 const (
 	stepPlanned = "planned"
+	stepCopying = "copying"
 	stepPlacing = "placing"
 	stepPlaced  = "placed"
 )
@@ -93,6 +96,9 @@ func (k *Kind) Run(ctx context.Context, h *job.Handle) error {
 		return k.settled(ctx, h, r, s)
 	case stepPlacing:
 	default:
+		if err := k.tryDefinition(ctx, h, r, s); err != nil {
+			return failure.Named(err)
+		}
 		if err := k.copy(ctx, h, s.Plan); err != nil {
 			return err
 		}
@@ -127,8 +133,52 @@ func (k *Kind) begin(ctx context.Context, h *job.Handle, r Request) (state, erro
 	return s, h.Step(ctx, stepPlanned, s)
 }
 
+// tryDefinition makes sure, before disks are copied for an hour, that a new
+// domain can be defined from what the backup has as its definition.
+func (k *Kind) tryDefinition(ctx context.Context, h *job.Handle, r Request, s state) error {
+	if r.InPlace || h.Job().Step == stepCopying {
+		return nil
+	}
+	only := transfer.RestoreSpec{Backup: s.Plan.Backup}
+	for _, f := range s.Plan.Files {
+		if f.Name == definitionName {
+			only.Files = append(only.Files, f.restored())
+		}
+	}
+	if err := k.work(ctx, h, s.Plan, only); err != nil {
+		return err
+	}
+	if _, _, err := k.newDefinition(r, s.Plan); err != nil {
+		return err
+	}
+	// Before the step: a worker that is found after it is taken for the one that copies.
+	if err := k.Errand.Supervisor.Forget(context.WithoutCancel(ctx), h.Job().ID); err != nil {
+		return err
+	}
+	return h.Step(ctx, stepCopying, s)
+}
+
 // copy has the worker write all files into the job's directories.
 func (k *Kind) copy(ctx context.Context, h *job.Handle, p Plan) error {
+	all := transfer.RestoreSpec{Backup: p.Backup}
+	for _, d := range p.Disks {
+		all.Disks = append(all.Disks, transfer.RestoreDisk{
+			Target: d.Target, Directory: d.Staging, Destination: filepath.Base(d.Destination), Format: d.Format, Owner: d.Owner,
+		})
+	}
+	for _, f := range p.Files {
+		all.Files = append(all.Files, f.restored())
+	}
+	return k.work(ctx, h, p, all)
+}
+
+// restored is the file as the worker is told of it.
+func (f OnlyFile) restored() transfer.RestoreFile {
+	return transfer.RestoreFile{Name: f.Name, Directory: f.Staging, Destination: filepath.Base(f.Destination), Owner: f.Owner}
+}
+
+// work has a worker restore into the job's directories.
+func (k *Kind) work(ctx context.Context, h *job.Handle, p Plan, what transfer.RestoreSpec) error {
 	repo, err := k.Catalog.Repository(ctx, h.Job().Repository)
 	if err != nil {
 		return failure.Named(err)
@@ -136,20 +186,7 @@ func (k *Kind) copy(ctx context.Context, h *job.Handle, p Plan) error {
 	if err := k.stage(ctx, h, p); err != nil {
 		return err
 	}
-	spec := transfer.Spec{
-		Operation: transfer.OperationRestore, Domain: h.Job().Domain, Restore: &transfer.RestoreSpec{Backup: p.Backup},
-	}
-	for _, d := range p.Disks {
-		spec.Restore.Disks = append(spec.Restore.Disks, transfer.RestoreDisk{
-			Target: d.Target, Directory: d.Staging, Destination: filepath.Base(d.Destination), Format: d.Format, Owner: d.Owner,
-		})
-	}
-	for _, f := range p.Files {
-		spec.Restore.Files = append(spec.Restore.Files, transfer.RestoreFile{
-			Name: f.Name, Directory: f.Staging, Destination: filepath.Base(f.Destination), Owner: f.Owner,
-		})
-	}
-	_, err = k.Errand.Run(ctx, h, repo, spec)
+	_, err = k.Errand.Run(ctx, h, repo, transfer.Spec{Operation: transfer.OperationRestore, Domain: h.Job().Domain, Restore: &what})
 	return err
 }
 

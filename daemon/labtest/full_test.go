@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/virtbackup/virtbackup/dbus"
@@ -43,6 +44,62 @@ func TestRepositoryFull(t *testing.T) {
 	h.nothingLeft(g)
 }
 
+// TestScratchFull has no space for what the guest overwrites during a backup:
+// QEMU pauses the guest then, and it must not stay so.
+func TestScratchFull(t *testing.T) {
+	k := newKiller(t)
+	k.write("vda", 0, 64)
+	job, at := k.startAndStop(steps[stepIndex("copying")])
+	full := k.scratch.fail("write", `/vda\.qcow2$`, syscall.ENOSPC)
+	k.g.run("sh", "-c", "dd if=/dev/urandom of=/dev/vda bs=64k count=64 oflag=direct >/dev/null 2>&1 && touch /run/written &")
+	full.wait()
+	// While the repository still hangs.
+	k.g.run("sh", "-c", "until [ -e /run/written ]; do usleep 50000; done")
+	full.letGo()
+	at.letGo()
+	j := k.end(job)
+	t.Logf("%s: %s", j.State, j.ErrorMessage)
+	if j.State == dbus.JobSucceeded {
+		t.Error("a backup succeeded without what the guest had overwritten")
+	}
+	k.nothingLeft(k.g)
+	want := k.g.snapshot("vda")
+	k.chainIsExact(k.backup(k.g, k.options()), want)
+	k.nothingLeft(k.g)
+}
+
+// TestRepositoryFails has a repository that fails in the middle of a backup.
+func TestRepositoryFails(t *testing.T) {
+	storage := mountRepository(t)
+	h, g := newHostAt(t, storage.point), newPausedGuest(t, "qcow2:16M")
+	h.backup(g, dbus.BackupOptions{})
+	for name, p := range map[string]struct {
+		op, path string
+		errno    syscall.Errno
+		want     dbus.ErrorName
+	}{
+		"read-only":    {"mkdir", stage + `$`, syscall.EROFS, dbus.ErrRepositoryUnavailable},
+		"write error":  {"write", stage + `/vda\.qcow2$`, syscall.EIO, dbus.ErrRepositoryUnavailable},
+		"flush error":  {"fsync", stage + `/vda\.qcow2$`, syscall.EIO, dbus.ErrRepositoryUnavailable},
+		"read error":   {"read", stage + `/vda\.qcow2$`, syscall.EIO, dbus.ErrDamaged},
+		"stale handle": {"rename", `/manifest\.json$`, syscall.ESTALE, dbus.ErrRepositoryUnavailable},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h.t, g.t, storage.t = t, t, t
+			g.io("vda", "write -P 9 1M 1M")
+			bad := storage.fail(p.op, p.path, p.errno)
+			j := h.end(h.start(g, dbus.BackupOptions{}))
+			bad.wait()
+			failsAs(t, j, p.want)
+			bad.letGo()
+			h.nothingLeft(g)
+			g.io("vda", "write -P 10 3M 1M")
+			want := g.snapshot()
+			h.chainIsExact(h.backup(g, dbus.BackupOptions{}), want)
+		})
+	}
+}
+
 // TestRestoreInterrupted stops a restore while it reads, and lets something
 // happen: it goes on, or leaves nothing.
 func TestRestoreInterrupted(t *testing.T) {
@@ -71,6 +128,32 @@ func TestRestoreInterrupted(t *testing.T) {
 				k.restored(inPlace, j.State == dbus.JobSucceeded, held, now)
 			})
 		}
+	}
+}
+
+// TestExchangeInterrupted kills the daemon between the exchange of one disk and
+// the next: it carries on.
+func TestExchangeInterrupted(t *testing.T) {
+	const images = "/var/lib/libvirt/images"
+	below := fresh(t, "/var/tmp")
+	command(t, "", "mount", "--bind", images, below)
+	t.Cleanup(func() { command(t, "", "umount", below) })
+	command(t, "", "mount", "--make-private", below) // or the next mount would appear there too
+	disks := mountFaults(t, below, images)
+	k := newStoppedKiller(t)
+	for _, target := range []string{"vda", "vdb"} {
+		k.daemon = daemonPID(t)
+		at := disks.stopAfter(theDaemon, "rename", `/?[^/]*`+target+`\.qcow2$`)
+		job := k.restore(k.b, true)
+		at.wait()
+		k.killDaemon(job)
+		at.letGo()
+		k.awaitDaemon()
+		if j := k.end(job); j.State != dbus.JobSucceeded {
+			t.Errorf("the job is %s: %v", j.State, j.Err())
+		}
+		k.nothingLeft(k.g)
+		k.restored(true, true, k.held, nil)
 	}
 }
 

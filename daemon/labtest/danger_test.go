@@ -352,7 +352,13 @@ func TestDangerShutdown(t *testing.T) {
 	job := h.start(g, suspended())
 	g.inBackup()
 	began := time.Now()
-	command(t, "", "lab-domain", "shutdown", g.name)
+	virsh(t, "shutdown", g.name, "--mode", "acpi")
+	eventually(t, "the guest is off", func() error {
+		if s := g.state(); s != "shut off" {
+			return fmt.Errorf("it is %s", s)
+		}
+		return nil
+	})
 	t.Logf("the guest was off after %v", time.Since(began))
 	goOn()
 	refuses(t, "the backup of a domain that was shut down", h.end(job).Err(), dbus.ErrFailed, g.name, "stopped", "shutdown", "start it")

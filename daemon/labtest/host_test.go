@@ -244,6 +244,7 @@ func disksOf(t *testing.T, domain string) []disk {
 	t.Helper()
 	var definition struct {
 		Disks []struct {
+			Device string `xml:"device,attr"`
 			Driver struct {
 				Type string `xml:"type,attr"`
 			} `xml:"driver"`
@@ -260,6 +261,9 @@ func disksOf(t *testing.T, domain string) []disk {
 	}
 	var all []disk
 	for _, d := range definition.Disks {
+		if d.Device != "disk" { // a drive
+			continue
+		}
 		all = append(all, disk{target: d.Target.Dev, file: d.Source.File, format: d.Driver.Type})
 	}
 	return all

@@ -248,6 +248,9 @@ func (r *Repository) readManifest(domain, backup string) (*Manifest, error) {
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
 		return nil, ErrNoBackup
 	}
+	if storageFault(err) {
+		return nil, fmt.Errorf("cannot read the manifest of backup %s: %w", backup, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrManifest, err)
 	}
@@ -260,6 +263,17 @@ func (r *Repository) readManifest(domain, backup string) (*Manifest, error) {
 			ErrManifest, m.Backup, m.Domain.UUID, m.Repository)
 	}
 	return m, nil
+}
+
+// storageFault tells whether an error is that of storage that does not answer
+// as it should. It says nothing of what is stored, which may be whole.
+func storageFault(err error) bool {
+	for _, fault := range []error{unix.EIO, unix.ESTALE, unix.ETIMEDOUT, unix.ENOTCONN, unix.EHOSTDOWN} {
+		if errors.Is(err, fault) {
+			return true
+		}
+	}
+	return false
 }
 
 // Check compares the directory of a backup with its manifest: every file that

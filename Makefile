@@ -92,7 +92,7 @@ test-lab: deps build ## the tests that run on a real host, in the lab
 	LAB_NO_BUILD=1 testdata/lab/run -- $(GO) test -tags lab -count=1 -p 1 -timeout $(LAB_TIMEOUT) $(TESTFLAGS) $$packages </dev/null; }
 
 faults: deps build ## only the lab's tests that kill and break things
-	LAB_NO_BUILD=1 testdata/lab/run -- $(GO) test -tags lab -count=1 -p 1 -timeout $(LAB_TIMEOUT) -run 'Fault|Kill|Crash' $(TESTFLAGS) $(LAB_PACKAGES) </dev/null
+	TEST_FAULTS=all LAB_NO_BUILD=1 testdata/lab/run -- $(GO) test -tags lab -count=1 -p 1 -timeout $(LAB_TIMEOUT) -run 'Fault|Kill|Crash|Interrupted|Full|Fails' $(TESTFLAGS) $(LAB_PACKAGES) </dev/null
 
 fuzz-short: ## every fuzz target, FUZZTIME each
 	grep -roE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]*' * | sed 's/:func / /' | while read -r file target; do \

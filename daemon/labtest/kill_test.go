@@ -69,7 +69,8 @@ type fault struct {
 	ends func(s step) []dbus.JobState
 }
 
-// faults are all of them; TEST_FAULTS says which are tried.
+// faults are all of them; TEST_FAULTS says which are tried ("all", or a list
+// with commas).
 var faults = []fault{
 	{"daemon-kill", (*killer).killDaemon, (*killer).awaitDaemon, []string{theDaemon}, succeeds},
 	{"daemon-restart", (*killer).restartDaemon, (*killer).awaitDaemon, []string{theDaemon, qemu}, succeeds},
@@ -128,7 +129,14 @@ func TestKill(t *testing.T) {
 	if chosen == "" {
 		chosen = defaultFaults
 	}
-	for _, name := range strings.Split(chosen, ",") {
+	if chosen == "all" {
+		var all []string
+		for _, f := range faults {
+			all = append(all, f.name)
+		}
+		chosen = strings.Join(all, ",")
+	}
+	for name := range strings.SplitSeq(chosen, ",") {
 		i := slices.IndexFunc(faults, func(f fault) bool { return f.name == name })
 		if i < 0 {
 			t.Fatalf("TEST_FAULTS: there is no fault %q", name)

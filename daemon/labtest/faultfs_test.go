@@ -52,10 +52,7 @@ func mountFaults(t *testing.T, directory, point string) *faultFS {
 		t.Fatal(err)
 	}
 	root := &fs.LoopbackRoot{Path: directory, Dev: st.Dev}
-	root.NewNode = func(r *fs.LoopbackRoot, _ *fs.Inode, _ string, _ *syscall.Stat_t) fs.InodeEmbedder {
-		return &node{LoopbackNode: fs.LoopbackNode{RootData: r}, fs: f}
-	}
-	top := &node{LoopbackNode: fs.LoopbackNode{RootData: root}, fs: f}
+	top := &node{LoopbackNode: &fs.LoopbackNode{RootData: root}, fs: f}
 	root.RootNode = top
 	var notCached time.Duration
 	server, err := fs.Mount(point, top, &fs.Options{
@@ -160,8 +157,13 @@ func (f *faultFS) at(ctx context.Context, op, path string, do func() syscall.Err
 
 // node is a file or directory of a faultFS.
 type node struct {
-	fs.LoopbackNode
+	*fs.LoopbackNode
 	fs *faultFS
+}
+
+// WrapChild makes what is found below a node one, too.
+func (n *node) WrapChild(_ context.Context, child fs.InodeEmbedder) fs.InodeEmbedder {
+	return &node{LoopbackNode: child.(*fs.LoopbackNode), fs: n.fs}
 }
 
 func (n *node) child(name string) string { return path.Join(n.Path(n.Root()), name) }

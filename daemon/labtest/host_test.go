@@ -430,13 +430,19 @@ func (g *guest) noTrace() error {
 	if state == "shut off" {
 		return nil
 	}
-	info, err := exec.Command("virsh", "-q", "domjobinfo", g.name).CombinedOutput()
-	if err != nil || !strings.Contains(string(info), "None") {
-		return fmt.Errorf("libvirt has a job: %s, %v", info, err)
+	info, err := virsh("domjobinfo", g.name)
+	if err == nil && !strings.Contains(info, "None") {
+		err = fmt.Errorf("libvirt has a job: %s", info)
 	}
-	checkpoints, err := exec.Command("virsh", "-q", "checkpoint-list", g.name, "--name").CombinedOutput()
-	if err != nil || strings.Contains(string(checkpoints), "virtbackup-") {
-		return fmt.Errorf("libvirt has checkpoints of ours: %s, %v", checkpoints, err)
+	if err != nil {
+		return err
+	}
+	checkpoints, err := virsh("checkpoint-list", g.name, "--name")
+	if err == nil && strings.Contains(checkpoints, "virtbackup-") {
+		err = fmt.Errorf("libvirt has checkpoints of ours: %s", checkpoints)
+	}
+	if err != nil {
+		return err
 	}
 	var drives []drive
 	var exports []any
@@ -454,9 +460,18 @@ func (g *guest) noTrace() error {
 	if state != "running" {
 		return nil
 	}
-	frozen, err := exec.Command("virsh", "-q", "qemu-agent-command", "--timeout", "10", g.name, `{"execute":"guest-fsfreeze-status"}`).CombinedOutput()
-	if err != nil || !strings.Contains(string(frozen), "thawed") {
-		return fmt.Errorf("the guest is not thawed: %s, %v", frozen, err)
+	frozen, err := virsh("qemu-agent-command", "--timeout", "10", g.name, `{"execute":"guest-fsfreeze-status"}`)
+	if err == nil && !strings.Contains(frozen, "thawed") {
+		err = fmt.Errorf("the guest is not thawed: %s", frozen)
 	}
-	return nil
+	return err
+}
+
+// virsh is for what may fail; command is for what may not.
+func virsh(args ...string) (string, error) {
+	out, err := exec.Command("virsh", append([]string{"-q"}, args...)...).CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("virsh %s: %w: %s", args[0], err, out)
+	}
+	return string(out), nil
 }

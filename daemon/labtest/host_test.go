@@ -430,14 +430,14 @@ func (g *guest) noTrace() error {
 	if state == "shut off" {
 		return nil
 	}
-	info, err := virsh("domjobinfo", g.name)
+	info, err := tryVirsh("domjobinfo", g.name)
 	if err == nil && !strings.Contains(info, "None") {
 		err = fmt.Errorf("libvirt has a job: %s", info)
 	}
 	if err != nil {
 		return err
 	}
-	checkpoints, err := virsh("checkpoint-list", g.name, "--name")
+	checkpoints, err := tryVirsh("checkpoint-list", g.name, "--name")
 	if err == nil && strings.Contains(checkpoints, "virtbackup-") {
 		err = fmt.Errorf("libvirt has checkpoints of ours: %s", checkpoints)
 	}
@@ -460,15 +460,15 @@ func (g *guest) noTrace() error {
 	if state != "running" {
 		return nil
 	}
-	frozen, err := virsh("qemu-agent-command", "--timeout", "10", g.name, `{"execute":"guest-fsfreeze-status"}`)
+	frozen, err := tryVirsh("qemu-agent-command", "--timeout", "10", g.name, `{"execute":"guest-fsfreeze-status"}`)
 	if err == nil && !strings.Contains(frozen, "thawed") {
 		err = fmt.Errorf("the guest is not thawed: %s", frozen)
 	}
 	return err
 }
 
-// virsh is for what may fail; command is for what may not.
-func virsh(args ...string) (string, error) {
+// tryVirsh is for what may fail; command is for what may not.
+func tryVirsh(args ...string) (string, error) {
 	out, err := exec.Command("virsh", append([]string{"-q"}, args...)...).CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("virsh %s: %w: %s", args[0], err, out)

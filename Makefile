@@ -35,7 +35,12 @@ BUILT := $(foreach p,$(PROGRAMS),$(if $(wildcard $($(p)_PACKAGE)/*.go),$(p)))
 
 # Packages with tests that run in the lab (build tag lab).
 LAB_PACKAGES ?= $(sort $(patsubst %/,./%,$(dir $(shell grep -rlE --include='*_test.go' '^//go:build .*\blab\b' * 2>/dev/null))))
+# Those that test the installed daemon. The others are libraries, tried in a
+# host without it: it would clear up what it finds of theirs.
+LAB_DAEMON_PACKAGES ?= $(filter ./ctl/% ./daemon/labtest/ ./systemd/,$(LAB_PACKAGES))
+LAB_LIBRARY_PACKAGES ?= $(filter-out $(LAB_DAEMON_PACKAGES),$(LAB_PACKAGES))
 LAB_TIMEOUT ?= 25m
+LAB_TEST = LAB_NO_BUILD=1 testdata/lab/run -- $(GO) test -tags lab -count=1 -p 1 -timeout $(LAB_TIMEOUT)
 # More arguments for go test, such as -v or -run.
 TESTFLAGS ?=
 FUZZTIME ?= 20s
@@ -88,11 +93,12 @@ test-unit: deps ## the tests that need no lab
 # Compiled outside first: an error in the code shows before a host boots.
 test-lab: deps build ## the tests that run on a real host, in the lab
 	testdata/lab/test </dev/null
-	packages="$(LAB_PACKAGES)"; [ -z "$$packages" ] || { $(GO) vet -tags lab $$packages && \
-	LAB_NO_BUILD=1 testdata/lab/run -- $(GO) test -tags lab -count=1 -p 1 -timeout $(LAB_TIMEOUT) $(TESTFLAGS) $$packages </dev/null; }
+	$(GO) vet -tags lab $(LAB_PACKAGES)
+	$(LAB_TEST) $(TESTFLAGS) $(LAB_LIBRARY_PACKAGES) </dev/null
+	$(LAB_TEST) $(TESTFLAGS) $(LAB_DAEMON_PACKAGES) </dev/null
 
 faults: deps build ## only the lab's tests that kill and break things
-	TEST_FAULTS=all LAB_NO_BUILD=1 testdata/lab/run -- $(GO) test -tags lab -count=1 -p 1 -timeout $(LAB_TIMEOUT) -run 'Fault|Kill|Crash|Interrupted|Full|Fails' $(TESTFLAGS) $(LAB_PACKAGES) </dev/null
+	TEST_FAULTS=all $(LAB_TEST) -run 'Fault|Kill|Crash|Interrupted|Full|Fails' $(TESTFLAGS) $(LAB_DAEMON_PACKAGES) </dev/null
 
 fuzz-short: ## every fuzz target, FUZZTIME each
 	grep -roE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]*' * | sed 's/:func / /' | while read -r file target; do \

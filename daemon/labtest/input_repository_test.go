@@ -82,8 +82,9 @@ func TestInputRepositories(t *testing.T) {
 // TestInputRepositoryChanges is a good repository that is not what it was.
 func TestInputRepositoryChanges(t *testing.T) {
 	base := fresh(t, "/srv")
-	h := newHostAt(t, makeDirectory(t, filepath.Join(base, "used-repository")))
-	other := newHostAt(t, makeDirectory(t, filepath.Join(base, "other-repository")))
+	name := filepath.Base(base)
+	h := newHostAt(t, makeDirectory(t, filepath.Join(base, name+"-used")))
+	other := newHostAt(t, makeDirectory(t, filepath.Join(base, name+"-other")))
 	g := startBare(t, "input-changes", bareDisk(t, "vda", "qcow2", ""))
 	b := h.backup(g, dbus.BackupOptions{})
 	header := filepath.Join(h.path, "virtbackup-repository.json")

@@ -205,8 +205,8 @@ func configure(t *testing.T, settings string) {
 
 // TestInputLimits lets a user have as many jobs as the settings say.
 func TestInputLimits(t *testing.T) {
-	configure(t, "[limits]\nconcurrent_jobs = 1\njobs_per_user = 2\nqueue = 4\n")
 	h, ctx := newHost(t), t.Context()
+	configure(t, "[limits]\nconcurrent_jobs = 1\njobs_per_user = 2\n")
 	first := startBare(t, "input-first", bareDisk(t, "vda", "qcow2", ""))
 	g := startBare(t, "input-second", bareDisk(t, "vda", "qcow2", ""))
 	allow(t, "org.virtbackup1.backup", g.uuid)
@@ -224,9 +224,7 @@ func TestInputLimits(t *testing.T) {
 	}
 	_, err := user.BackupDomain(ctx, g.uuid, o)
 	refuses(t, "one more of the user", err, dbus.ErrLimitsExceeded, "too many", "2 are yours")
-	jobs = append(jobs, h.start(g, o), h.start(g, o))
-	_, err = h.BackupDomain(ctx, g.uuid, o)
-	refuses(t, "one more than may wait", err, dbus.ErrLimitsExceeded, "too many", "4 are waiting")
+	jobs = append(jobs, h.start(g, o)) // root has no such limit
 	goOn()
 	for _, job := range jobs {
 		h.made(h.end(job))

@@ -37,7 +37,7 @@ BUILT := $(foreach p,$(PROGRAMS),$(if $(wildcard $($(p)_PACKAGE)/*.go),$(p)))
 LAB_PACKAGES ?= $(sort $(patsubst %/,./%,$(dir $(shell grep -rlE --include='*_test.go' '^//go:build .*\blab\b' * 2>/dev/null))))
 # Those that test the installed daemon. The others are libraries, tried in a
 # host without it: it would clear up what it finds of theirs.
-LAB_DAEMON_PACKAGES ?= $(filter ./ctl/% ./daemon/labtest/ ./systemd/,$(LAB_PACKAGES))
+LAB_DAEMON_PACKAGES ?= $(filter ./ctl ./daemon/labtest ./systemd,$(LAB_PACKAGES))
 LAB_LIBRARY_PACKAGES ?= $(filter-out $(LAB_DAEMON_PACKAGES),$(LAB_PACKAGES))
 LAB_TIMEOUT ?= 25m
 LAB_TEST = LAB_NO_BUILD=1 testdata/lab/run -- $(GO) test -tags lab -count=1 -p 1 -timeout $(LAB_TIMEOUT)

@@ -3,6 +3,7 @@
 package labtest
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -337,8 +338,12 @@ func (g *guest) onlyBitmaps(want []string) error {
 	if left := g.bitmaps("vda"); !slices.Equal(left, want) {
 		return fmt.Errorf("the disk has the bitmaps %v instead of %v", left, want)
 	}
-	if left, err := exec.Command("virsh", "-q", "checkpoint-list", g.name, "--name").CombinedOutput(); err != nil || strings.TrimSpace(string(left)) != "" {
-		return fmt.Errorf("libvirt has the checkpoints %s, %v", left, err)
+	left, err := exec.Command("virsh", "-q", "checkpoint-list", g.name, "--name").CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("virsh: %s: %w", left, err)
+	}
+	if len(bytes.TrimSpace(left)) > 0 {
+		return fmt.Errorf("libvirt has the checkpoints %s", left)
 	}
 	return nil
 }

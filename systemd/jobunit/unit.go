@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strings"
 	"time"
 
 	systemd "github.com/coreos/go-systemd/v22/dbus"
@@ -78,8 +79,9 @@ func (u Unit) properties() []systemd.Property {
 		property("After", []string{"remote-fs.target", "local-fs.target"}),
 		// Started means executed: a missing program or a sandbox that cannot be built is an error of Start.
 		property("Type", "exec"),
-		// no-env-expand: a $ in an argument stays one.
-		property("ExecStartEx", []execCommand{{Path: u.Command[0], Arguments: u.Command, Flags: []string{"no-env-expand"}}}),
+		// Not ExecStartEx with no-env-expand: systemd 252 writes that into the unit's file under a name that it does not
+		// know when it reads the file again, at every daemon-reload. (false: a failure is one.)
+		systemd.PropExecStart(literal(u.Command), false),
 		// A failed unit stays until Forget, so that it can be told how it ended, also by a daemon that was not there.
 		property("CollectMode", "inactive"),
 		property("KillMode", "mixed"),
@@ -153,13 +155,17 @@ func (l Limits) properties() []systemd.Property {
 	return p
 }
 
+// literal keeps systemd from expanding variables in a command's arguments: see "Command lines" in systemd.service(5).
+func literal(command []string) []string {
+	escaped := slices.Clone(command)
+	for i := range escaped[1:] {
+		escaped[i+1] = strings.ReplaceAll(escaped[i+1], "$", "$$")
+	}
+	return escaped
+}
+
 // Types of systemd's D-Bus properties, org.freedesktop.systemd1(5).
 type (
-	execCommand struct { // a(sasas)
-		Path      string
-		Arguments []string
-		Flags     []string
-	}
 	bind struct { // a(ssbt)
 		Source, Destination string
 		IgnoreMissing       bool

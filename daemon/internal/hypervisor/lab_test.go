@@ -243,8 +243,8 @@ func TestLabBrokenCheckpoint(t *testing.T) {
 	events := h.Subscribe(t.Context())
 	run(t, "sh", "-c", "kill -9 $(cat /run/libvirt/qemu/broken.pid)")
 	for e := range events {
-		if e.Kind == EventLifecycle && e.Action == "stopped" {
-			if e.Detail != "failed" || e.UUID != d.UUID {
+		if e.Kind == EventLifecycle && e.UUID == d.UUID && e.Action == "stopped" {
+			if e.Detail != "failed" {
 				t.Errorf("%+v", e)
 			}
 			break

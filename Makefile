@@ -45,7 +45,7 @@ LAB_TEST = LAB_NO_BUILD=1 testdata/lab/run -- $(GO) test -tags lab -count=1 -p 1
 TESTFLAGS ?=
 FUZZTIME ?= 20s
 # Every shell script of the project.
-SCRIPTS = $(shell grep -rlIE --exclude-dir=.git --exclude-dir=.cache --exclude-dir=bin --exclude='*.go' --exclude='*.md' '^\#!/bin/(ba|busybox )?sh|^\# shellcheck shell=' .)
+SCRIPTS = $(shell grep -rlIE --exclude-dir=.git --exclude-dir=.cache --exclude-dir=bin --exclude='*.go' --exclude='*.md' --exclude='*.txt' '^\#!/bin/(ba|busybox )?sh|^\# shellcheck shell=' .)
 
 .PHONY: help deps lint-deps build install test test-unit test-lab lint bench fuzz-short faults demo clean
 help: ## what can be made

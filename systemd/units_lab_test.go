@@ -56,7 +56,7 @@ const (
 func TestServiceMayDoItsWork(t *testing.T) {
 	for name, script := range map[string]string{
 		"scratch":   `qemu-img create -q -f qcow2 /var/lib/virtbackup/scratch.qcow2 1M && chown 64055:64055 /var/lib/virtbackup/scratch.qcow2`,
-		"runtime":   `mkdir /run/virtbackup/jobs && [ "$(stat -c %a /run/virtbackup /var/lib/virtbackup | tr '\n' ' ')" = "711 711 " ]`,
+		"runtime":   `mkdir /run/virtbackup/made && rmdir /run/virtbackup/made && [ "$(stat -c %a /run/virtbackup /var/lib/virtbackup | tr '\n' ' ')" = "711 711 " ]`,
 		"umask":     `touch /run/virtbackup/file && [ "$(stat -c %a /run/virtbackup/file)" = 600 ]`,
 		"libvirt":   `virsh -c qemu:///system list`,
 		"systemd":   `systemd-run --quiet --wait true && busctl status org.freedesktop.systemd1`,

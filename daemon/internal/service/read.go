@@ -194,25 +194,13 @@ func (s *Service) ListBackups(ctx context.Context, f dbus.BackupFilter, cursor s
 	if err != nil {
 		return nil, "", failure.Named(err)
 	}
-	var all []dbus.BackupProperties
-	for _, b := range list {
-		whole, err := s.Catalog.Backup(ctx, b.ID)
-		if errors.Is(err, catalog.ErrNotFound) {
-			continue // deleted meanwhile
-		} else if err != nil {
-			return nil, "", failure.Named(err)
-		}
-		p, err := s.backupRecord(ctx, whole)
+	return page(list, limit, func(b catalog.Backup) string { return b.ID }, func(id string) (dbus.BackupProperties, error) {
+		whole, err := s.Catalog.Backup(ctx, id)
 		if err != nil {
-			return nil, "", failure.Named(err)
+			return dbus.BackupProperties{}, err
 		}
-		all = append(all, p)
-	}
-	next := ""
-	if len(list) == limit {
-		next = list[len(list)-1].ID
-	}
-	return all, next, nil
+		return s.backupRecord(ctx, whole)
+	})
 }
 
 // ListJobs returns one page of jobs, newest first.
@@ -237,23 +225,29 @@ func (s *Service) ListJobs(ctx context.Context, f dbus.JobFilter, cursor string,
 	if err != nil {
 		return nil, "", failure.Named(err)
 	}
-	var all []dbus.JobProperties
-	for _, j := range list {
-		st, err := s.Jobs.Job(ctx, j.ID)
+	return page(list, limit, func(j catalog.Job) string { return j.ID }, func(id string) (dbus.JobProperties, error) {
+		st, err := s.Jobs.Job(ctx, id)
+		if err != nil {
+			return dbus.JobProperties{}, err
+		}
+		return s.jobRecord(ctx, st)
+	})
+}
+
+// page makes records of one page of a list, without what is gone meanwhile, and
+// returns the cursor of the next page.
+func page[T, R any](list []T, limit int, id func(T) string, record func(id string) (R, error)) (all []R, next string, err error) {
+	for _, one := range list {
+		r, err := record(id(one))
 		if errors.Is(err, catalog.ErrNotFound) {
-			continue // pruned meanwhile
+			continue
 		} else if err != nil {
 			return nil, "", failure.Named(err)
 		}
-		p, err := s.jobRecord(ctx, st)
-		if err != nil {
-			return nil, "", failure.Named(err)
-		}
-		all = append(all, p)
+		all = append(all, r)
 	}
-	next := ""
 	if len(list) == limit {
-		next = list[len(list)-1].ID
+		next = id(list[len(list)-1])
 	}
 	return all, next, nil
 }

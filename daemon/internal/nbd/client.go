@@ -170,7 +170,7 @@ func (c *Client) start(ctx context.Context, r *request) error {
 	c.mu.Unlock()
 	if err := c.write(r.command, cookie, r.offset, r.length); err != nil {
 		// The stream is in an unknown state; the request ends with the rest.
-		c.fail(fmt.Errorf("cannot send NBD request: %w", err))
+		c.fail(fmt.Errorf("NBD connection lost: cannot send a request: %w", err))
 	}
 	return nil
 }

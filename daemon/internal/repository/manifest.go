@@ -28,6 +28,13 @@ const (
 	KindIncremental = "incremental"
 )
 
+// How the changes in an increment's image were found.
+const (
+	ChangesCBT      = "cbt"      // by a dirty bitmap
+	ChangesSnapshot = "snapshot" // they are what the frozen layer holds
+	ChangesDigest   = "digest"   // by comparing the whole disk with the parent's digests
+)
+
 // How well a backup's data hangs together, weakest last.
 const (
 	ConsistencyApplication = "application"
@@ -79,13 +86,15 @@ type Offering struct {
 // are in DigestName(Target), which is listed in Files. DigestRoot vouches for
 // those of all blocks, also where an increment leaves them to its parent.
 type Disk struct {
-	Target      string `json:"target"`       // "vda"
-	File        string `json:"file"`         // "vda.qcow2"
-	Size        uint64 `json:"size"`         // bytes that the guest sees
-	StoredBytes uint64 `json:"stored_bytes"` // size of File
-	DataBytes   uint64 `json:"data_bytes"`   // bytes of guest data in File, before compression
-	Kind        string `json:"kind"`         // an increment's disk may be full
-	Tracking    string `json:"tracking"`     // "cbt", "snapshot", "digest", "none"
+	Target      string `json:"target"`               // "vda"
+	File        string `json:"file"`                 // "vda.qcow2"
+	Size        uint64 `json:"size"`                 // bytes that the guest sees
+	StoredBytes uint64 `json:"stored_bytes"`         // size of File
+	DataBytes   uint64 `json:"data_bytes"`           // bytes of guest data in File, before compression
+	Kind        string `json:"kind"`                 // an increment's disk may be full
+	Tracking    string `json:"tracking"`             // "cbt", "snapshot", "digest", "none"
+	Changes     string `json:"changes,omitempty"`    // how an increment's changes were found; "" also if an older version wrote it
+	ReadBytes   uint64 `json:"read_bytes,omitempty"` // from the source
 	Checkpoint  string `json:"checkpoint,omitempty"`
 	Format      string `json:"format"` // of the source: "qcow2", "raw"
 	SectorSize  uint32 `json:"sector_size,omitempty"`

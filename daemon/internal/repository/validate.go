@@ -60,8 +60,17 @@ func (m *Manifest) validateDisk(d Disk) error {
 	if d.Kind != KindFull && (d.Kind != KindIncremental || m.Kind != KindIncremental) {
 		return fmt.Errorf("disk %s: kind %q in a backup of kind %q", d.Target, truncated(d.Kind), m.Kind)
 	}
-	if d.Size > sizeLimit || d.StoredBytes > sizeLimit || d.DataBytes > sizeLimit {
-		return fmt.Errorf("disk %s: sizes %d, %d, %d are out of range", d.Target, d.Size, d.StoredBytes, d.DataBytes)
+	switch d.Changes {
+	case "":
+	case ChangesCBT, ChangesSnapshot, ChangesDigest:
+		if d.Kind != KindIncremental {
+			return fmt.Errorf("disk %s: changes found by %q in an image of kind %q", d.Target, d.Changes, d.Kind)
+		}
+	default:
+		return fmt.Errorf("disk %s: changes found by %q", d.Target, truncated(d.Changes))
+	}
+	if max(d.Size, d.StoredBytes, d.DataBytes, d.ReadBytes) > sizeLimit {
+		return fmt.Errorf("disk %s: sizes %d, %d, %d, %d are out of range", d.Target, d.Size, d.StoredBytes, d.DataBytes, d.ReadBytes)
 	}
 	if !slices.ContainsFunc(m.Files, func(f File) bool { return f.Name == DigestName(d.Target) }) {
 		return fmt.Errorf("disk %s: no digests are listed", d.Target)

@@ -29,6 +29,14 @@ func (w *Worker) Go(g transfer.Go) error {
 // Gone says whether Go was called, by whatever daemon.
 func (w *Worker) Gone() bool { return w.has(transfer.GoFile) }
 
+// Confirm lets a backup that waits in transfer.PhaseConfirming be kept. Doing it again changes nothing.
+func (w *Worker) Confirm() error {
+	if err := transfer.WriteConfirm(w.directory); err != nil {
+		return fmt.Errorf("cannot tell the worker of job %s to keep its copy: %w", w.id, err)
+	}
+	return nil
+}
+
 // Ready waits until a backup's worker has its repository open and is ready for Go; also when it is past that. onStatus
 // gets each status. An error means that it never will be, see Follow; a *transfer.Failure is the worker's own.
 func (w *Worker) Ready(ctx context.Context, onStatus func(transfer.Status)) error {

@@ -138,8 +138,21 @@ func (b *backup) make(ctx context.Context) error {
 		if err := b.eachDisk(ctx, p.each); err != nil {
 			return err
 		}
+		if p.name == PhaseFlushing && b.Confirm {
+			if err := b.confirm(ctx); err != nil {
+				return err
+			}
+		}
 	}
 	return b.commit(ctx)
+}
+
+// confirm waits until the daemon says that what was copied is of one point in time.
+func (b *backup) confirm(ctx context.Context) error {
+	if err := b.status.enter(PhaseConfirming); err != nil {
+		return err
+	}
+	return classify(ClassInternal, waitConfirm(ctx, b.directory))
 }
 
 // prepare checks all that can fail before the guest is touched.

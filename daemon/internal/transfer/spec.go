@@ -8,6 +8,7 @@
 //
 //	spec.json    by the daemon, before the worker starts
 //	go.json      by the daemon, in a backup, when the point in time is fixed
+//	confirm.json by the daemon, in a backup that asks for it, when the copy may be kept
 //	status.json  by the worker, at each phase and twice a second
 //	result.json  by the worker, once, at the end
 package transfer
@@ -29,10 +30,11 @@ const SpecVersion = 1
 
 // Names of the files of a job directory.
 const (
-	SpecFile   = "spec.json"
-	GoFile     = "go.json"
-	StatusFile = "status.json"
-	ResultFile = "result.json"
+	SpecFile    = "spec.json"
+	GoFile      = "go.json"
+	ConfirmFile = "confirm.json"
+	StatusFile  = "status.json"
+	ResultFile  = "result.json"
 )
 
 // Operation is what a worker does.
@@ -84,15 +86,24 @@ type BackupSpec struct {
 	Threads     int                 `json:"threads,omitempty"` // that compress, 8 at most; 0 is the number of CPUs
 	Disks       []BackupDisk        `json:"disks"`             // one for each of the manifest's
 	Files       []FileSpec          `json:"files,omitempty"`
+	// Confirm has the worker wait in PhaseConfirming for confirm.json before it
+	// commits: whether the exports showed one point in time is known only after.
+	Confirm bool `json:"confirm,omitempty"`
 }
 
 // BackupDisk is the NBD export of one disk. It may come to life as late as go.json.
+// It shows the whole disk, whatever of it is to be copied. An incremental image
+// has exactly one of Bitmap, Compare and Layer, a full one has none.
 type BackupDisk struct {
 	Target string `json:"target"`
 	Socket string `json:"socket"` // of the NBD server, a unix socket
 	Export string `json:"export"`
-	Size   uint64 `json:"size"`             // bytes; must be what the export says
-	Bitmap string `json:"bitmap,omitempty"` // metadata context of the dirty bitmap; "" copies the whole disk
+	Size   uint64 `json:"size"` // bytes; must be what the export says
+
+	// How what changed since the parent is found.
+	Bitmap  string `json:"bitmap,omitempty"`  // by the metadata context of a dirty bitmap
+	Compare bool   `json:"compare,omitempty"` // by reading the disk and comparing it with the parent's digests
+	Layer   bool   `json:"layer,omitempty"`   // it is what the export's top image holds itself, by ContextDepth
 }
 
 // FileSpec is another file of the backup, copied from the host or given.
@@ -156,6 +167,7 @@ const (
 	PhaseReady      = "ready" // waits for go.json; only in a backup
 	PhaseCopying    = "copying"
 	PhaseFlushing   = "flushing"
+	PhaseConfirming = "confirming" // waits for confirm.json; only with BackupSpec.Confirm
 	PhaseVerifying  = "verifying"
 	PhaseCommitting = "committing"
 	PhaseDeleting   = "deleting"
@@ -247,14 +259,20 @@ func ReadSpec(directory string) (*Spec, error) {
 	return &s, nil
 }
 
-// WriteSpec writes the spec into a job directory, and WriteGo lets a backup go
-// on from PhaseReady. Both files appear whole or not at all.
+// WriteSpec writes the spec into a job directory, WriteGo lets a backup go on
+// from PhaseReady, and WriteConfirm from PhaseConfirming. The files appear whole
+// or not at all.
 func WriteSpec(directory string, s *Spec) error {
 	return writeJSON(filepath.Join(directory, SpecFile), s)
 }
 
 // WriteGo lets a backup go on: see Go.
 func WriteGo(directory string, g Go) error { return writeJSON(filepath.Join(directory, GoFile), g) }
+
+// WriteConfirm lets a backup be kept: see BackupSpec.Confirm.
+func WriteConfirm(directory string) error {
+	return writeJSON(filepath.Join(directory, ConfirmFile), struct{}{})
+}
 
 // ReadStatus reads the newest status; fs.ErrNotExist before the first.
 func ReadStatus(directory string) (Status, error) {

@@ -115,7 +115,7 @@ func wholeSectors(size uint64) uint64 {
 func (f facts) options() chain.Options {
 	r := f.request
 	return chain.Options{Backup: f.backup, Full: r.Full, Isolated: r.Isolated, Mode: r.Mode, Offering: r.Offering,
-		Repository: f.repository.ID, ChainSize: r.ChainSize}
+		Repository: f.repository.ID, ChainSize: r.ChainSize, Tracking: r.Tracking, Fallback: r.Fallback}
 }
 
 func (f facts) now(disks []hypervisor.Disk) chain.Domain {

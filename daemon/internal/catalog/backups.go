@@ -24,7 +24,10 @@ type Backup struct {
 	State       chain.BackupState
 	Cause       chain.Cause // why it is full; "" for an increment
 	Isolated    bool
-	Consistency string // "application", "filesystem", "crash"; "" until known
+	Mark        int64         // number of the newest Mark before its point in time
+	Held        time.Duration // that the guest was held still
+	Shortfall   string        // why it is less consistent than asked for; "" if it is not
+	Consistency string        // "application", "filesystem", "crash"; "" until known
 	Created     time.Time
 	Finished    time.Time
 	Verified    time.Time // when it was last read back by a job of its own; zero for never
@@ -43,12 +46,17 @@ type Image struct {
 	Target      string // "vda"
 	Kind        chain.Kind
 	Tracking    chain.Tracking // how its changes are known from this backup on
-	Cause       chain.Cause    // why it is full; "" for an increment
+	Changes     chain.Tracking // how an increment's were found; "" for a full one
+	Cause       chain.Cause    // why it is not an increment by CBT; "" if it is
 	Source      string         // path, informative
 	Format      string         // of the source
 	Size        uint64         // bytes
 	StoredBytes uint64
 	DataBytes   uint64
+	ReadBytes   uint64   // from the source
+	Backing     []string // paths of the source's layers below the top, top first
+	Run         string   // of QEMU; "" when the domain was off
+	Node        int      // libvirt's index of the top layer in that run
 }
 
 // Link returns what the rules of chains need to know of the backup.
@@ -62,17 +70,27 @@ func (b Backup) Link() chain.Backup {
 
 const backupColumns = `id, domain, domain_name, coalesce(chain, iif(kind = 'full', id, '')), coalesce(parent, ''), repository, job, kind, state, cause,
 	isolated, consistency, created, finished, size, stored_bytes, data_bytes, error,
-	offering, mode, compression, level, threads, chain_size, quiesce, verified`
+	offering, mode, compression, level, threads, chain_size, quiesce, quiesce_policy, tracking, fallback, verified, mark, held, shortfall`
 
 func scanBackup(from row) (b Backup, err error) {
+	var held int64
 	err = from.Scan(&b.ID, &b.Domain, &b.DomainName, &b.Chain, &b.Parent, &b.Repository, &b.Job, &b.Kind, &b.State, &b.Cause,
 		&b.Isolated, &b.Consistency, timestamp{&b.Created}, timestamp{&b.Finished}, &b.Size, &b.StoredBytes, &b.DataBytes, &b.Error,
-		&b.Offering, &b.Mode, &b.Compression, &b.Level, &b.Threads, &b.ChainSize, &b.Quiesce, timestamp{&b.Verified})
+		&b.Offering, &b.Mode, &b.Compression, &b.Level, &b.Threads, &b.ChainSize, &b.Quiesce, &b.QuiescePolicy, &b.Tracking, &b.Fallback,
+		timestamp{&b.Verified}, &b.Mark, &held, &b.Shortfall)
+	b.Held = time.Duration(held) * time.Microsecond
 	return b, err
 }
 
+const imageColumns = "target, kind, tracking, changes, cause, source, format, size, stored_bytes, data_bytes, read_bytes, backing, run, node"
+
 func scanImage(from row) (i Image, err error) {
-	err = from.Scan(&i.Target, &i.Kind, &i.Tracking, &i.Cause, &i.Source, &i.Format, &i.Size, &i.StoredBytes, &i.DataBytes)
+	var backing string
+	err = from.Scan(&i.Target, &i.Kind, &i.Tracking, &i.Changes, &i.Cause, &i.Source, &i.Format, &i.Size, &i.StoredBytes, &i.DataBytes,
+		&i.ReadBytes, &backing, &i.Run, &i.Node)
+	if err == nil {
+		err = json.Unmarshal([]byte(backing), &i.Backing)
+	}
 	return i, err
 }
 
@@ -81,8 +99,7 @@ func oneBackup(ctx context.Context, tx *sql.Tx, id string) (Backup, error) {
 	if err != nil {
 		return b, err
 	}
-	b.Images, err = collect(ctx, tx, scanImage, `SELECT target, kind, tracking, cause, source, format, size, stored_bytes, data_bytes
-		FROM images WHERE backup = ? ORDER BY position`, id)
+	b.Images, err = collect(ctx, tx, scanImage, "SELECT "+imageColumns+` FROM images WHERE backup = ? ORDER BY position`, id)
 	return b, err
 }
 

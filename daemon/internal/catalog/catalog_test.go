@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -43,7 +44,8 @@ func fixture(t testing.TB, c *Catalog) {
 	must(t, c.StartJob(ctx, "j", epoch))
 }
 
-var settings = Settings{Mode: chain.ModeIncremental, Compression: "zstd", Level: 3, Threads: 2, ChainSize: 7, Quiesce: "agent"}
+var settings = Settings{Mode: chain.ModeIncremental, Compression: "zstd", Level: 3, Threads: 2, ChainSize: 7, Quiesce: "agent",
+	QuiescePolicy: "prefer", Tracking: chain.Digest, Fallback: chain.FallbackFull}
 
 func must(t testing.TB, err error) {
 	t.Helper()
@@ -128,7 +130,8 @@ func TestInventory(t *testing.T) {
 		t.Errorf("assigned to daily: %v, %v", domains, err)
 	}
 
-	changed := Offering{Name: "daily", Repository: "r2", Settings: Settings{Mode: chain.ModeFull, Compression: "none", Quiesce: "none"}, Created: epoch}
+	changed := Offering{Name: "daily", Repository: "r2", Settings: Settings{Mode: chain.ModeFull, Compression: "none", Quiesce: "none",
+		QuiescePolicy: "require", Tracking: chain.CBT, Fallback: chain.FallbackDigest}, Created: epoch}
 	must(t, c.UpdateOffering(ctx, changed))
 	got, err := c.Offering(ctx, "daily")
 	must(t, err)
@@ -461,4 +464,39 @@ func TestConcurrentUse(t *testing.T) {
 		})
 	}
 	all.Wait()
+}
+
+// TestMarks has what is known of a domain replaced, its marks numbered for
+// ever, and the newest of each disk kept however many there are.
+func TestMarks(t *testing.T) {
+	c := openNew(t)
+	ctx := t.Context()
+	if known, err := c.Tracking(ctx, "d1"); err != nil || known != nil {
+		t.Fatalf("of an unknown domain: %s, %v", known, err)
+	}
+	first := Mark{Target: "vdb", Cause: chain.ChangedWhileOff, Detail: "size", Time: epoch}
+	must(t, c.SetTracking(ctx, "d1", json.RawMessage(`{"a":1}`), []Mark{first}))
+	for range marksKept + 5 {
+		must(t, c.SetTracking(ctx, "d1", json.RawMessage(`{"a":2}`), []Mark{{Cause: chain.Unseen, Time: epoch}}))
+	}
+	must(t, c.SetTracking(ctx, "d2", json.RawMessage(`{}`), nil))
+	known, err := c.Tracking(ctx, "d1")
+	if err != nil || string(known) != `{"a":2}` {
+		t.Errorf("known is %s, %v", known, err)
+	}
+	marks, err := c.Marks(ctx, "d1", 0)
+	must(t, err)
+	first.Number, first.Domain = 1, "d1"
+	if len(marks) != marksKept+1 || marks[0] != first || marks[marksKept].Number != marksKept+6 {
+		t.Errorf("got %d marks from %+v on", len(marks), marks[0])
+	}
+	if newer, err := c.Marks(ctx, "d1", marksKept+5); err != nil || len(newer) != 1 {
+		t.Errorf("newer ones: %+v, %v", newer, err)
+	}
+	if n, err := c.LastMark(ctx); err != nil || n != marksKept+6 {
+		t.Errorf("the last one is %d, %v", n, err)
+	}
+	if all, err := c.TrackedDomains(ctx); err != nil || !slices.Equal(all, []string{"d1", "d2"}) {
+		t.Errorf("known domains: %v, %v", all, err)
+	}
 }

@@ -169,6 +169,15 @@ func (c *Catalog) SetCheckpointXML(ctx context.Context, name, xml string) error 
 	})
 }
 
+// DropCheckpoint has a checkpoint removed that is the base of a chain's next
+// increment; the chain goes on without. On any other it does nothing.
+func (c *Catalog) DropCheckpoint(ctx context.Context, name string) error {
+	return c.write(ctx, "drop checkpoint "+name, func(tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, "UPDATE checkpoints SET state = 'obsolete' WHERE name = ? AND state = 'current'", name)
+		return err
+	})
+}
+
 // RemovedCheckpoint records that an obsolete checkpoint is gone from the
 // domain's disks. ErrState: it is pending or current.
 func (c *Catalog) RemovedCheckpoint(ctx context.Context, name string) error {

@@ -91,20 +91,23 @@ func insertBackup(ctx context.Context, tx *sql.Tx, b Backup) error {
 	}
 	_, err := tx.ExecContext(ctx, `INSERT INTO backups (id, domain, domain_name, chain, parent, repository, job, kind, state, cause,
 		isolated, consistency, created, finished, size, stored_bytes, data_bytes, error,
-		offering, mode, compression, level, threads, chain_size, quiesce, manifest)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'running', ?, ?, ?, ?, 0, ?, 0, 0, '', ?, ?, ?, ?, ?, ?, ?, '')`,
+		offering, mode, compression, level, threads, chain_size, quiesce, quiesce_policy, tracking, fallback, mark, manifest)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'running', ?, ?, ?, ?, 0, ?, 0, 0, '', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '')`,
 		b.ID, b.Domain, b.DomainName, null(b.Chain), null(b.Parent), b.Repository, b.Job, b.Kind, b.Cause,
 		b.Isolated, b.Consistency, toMicro(b.Created), b.Size,
-		b.Offering, b.Mode, b.Compression, b.Level, b.Threads, b.ChainSize, b.Quiesce)
+		b.Offering, b.Mode, b.Compression, b.Level, b.Threads, b.ChainSize, b.Quiesce, b.QuiescePolicy, b.Settings.Tracking, b.Fallback, b.Mark)
 	return err
 }
 
 func insertImages(ctx context.Context, tx *sql.Tx, backup string, images []Image) error {
 	for position, i := range images {
-		_, err := tx.ExecContext(ctx, `INSERT INTO images
-			(backup, position, target, kind, tracking, cause, source, format, size, stored_bytes, data_bytes)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-			backup, position, i.Target, i.Kind, i.Tracking, i.Cause, i.Source, i.Format, i.Size, i.StoredBytes, i.DataBytes)
+		backing, err := json.Marshal(i.Backing)
+		if err != nil {
+			return err
+		}
+		_, err = tx.ExecContext(ctx, "INSERT INTO images (backup, position, "+imageColumns+") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+			backup, position, i.Target, i.Kind, i.Tracking, i.Changes, i.Cause, i.Source, i.Format, i.Size, i.StoredBytes, i.DataBytes,
+			i.ReadBytes, string(backing), i.Run, i.Node)
 		if err != nil {
 			return err
 		}
@@ -116,6 +119,8 @@ func insertImages(ctx context.Context, tx *sql.Tx, backup string, images []Image
 type Commit struct {
 	Finished    time.Time
 	Consistency string
+	Held        time.Duration
+	Shortfall   string
 	Manifest    json.RawMessage
 	Images      []Image // replace those of CreateBackup
 }
@@ -205,10 +210,12 @@ func completeBackup(ctx context.Context, tx *sql.Tx, b Backup, done Commit) erro
 	}
 	// What is built on a damaged parent is damaged: nothing listed as complete may fail to restore.
 	_, err := tx.ExecContext(ctx, `UPDATE backups SET chain = ?, consistency = ?, finished = ?, manifest = ?, size = ?, stored_bytes = ?, data_bytes = ?,
+		held = ?, shortfall = ?,
 		(state, error) = (SELECT 'damaged', 'its parent is damaged' FROM backups AS p WHERE p.id = backups.parent AND p.state = 'damaged'
 			UNION ALL SELECT 'complete', '' LIMIT 1)
 		WHERE id = ?`,
-		b.Chain, done.Consistency, toMicro(done.Finished), string(done.Manifest), size, stored, data, b.ID)
+		b.Chain, done.Consistency, toMicro(done.Finished), string(done.Manifest), size, stored, data,
+		done.Held.Microseconds(), done.Shortfall, b.ID)
 	return err
 }
 

@@ -36,6 +36,10 @@ type Settings struct {
 	Threads     int    // 0: as many as the host allows
 	ChainSize   int    // backups in a chain, the full one included; 0: no bound
 	Quiesce     string // "none", "agent", "suspend"
+	// QuiescePolicy is "require", which fails when the guest cannot be quiesced, or "prefer".
+	QuiescePolicy string
+	Tracking      chain.Tracking // CBT, Digest or Snapshot
+	Fallback      chain.Fallback
 }
 
 // Offering is a named set of backup options.
@@ -126,8 +130,9 @@ func (c *Catalog) CreateOffering(ctx context.Context, o Offering) error {
 			return err
 		}
 		_, err := tx.ExecContext(ctx, `INSERT INTO offerings
-			(id, name, repository, mode, compression, level, threads, chain_size, quiesce, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-			o.ID, o.Name, o.Repository, o.Mode, o.Compression, o.Level, o.Threads, o.ChainSize, o.Quiesce, toMicro(o.Created))
+			(id, name, repository, mode, compression, level, threads, chain_size, quiesce, quiesce_policy, tracking, fallback, created)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+			o.ID, o.Name, o.Repository, o.Mode, o.Compression, o.Level, o.Threads, o.ChainSize, o.Quiesce, o.QuiescePolicy, o.Tracking, o.Fallback, toMicro(o.Created))
 		return err
 	})
 }
@@ -139,8 +144,9 @@ func (c *Catalog) UpdateOffering(ctx context.Context, o Offering) error {
 			return err
 		}
 		return exactlyOne(tx.ExecContext(ctx, `UPDATE offerings SET
-			repository = ?, mode = ?, compression = ?, level = ?, threads = ?, chain_size = ?, quiesce = ? WHERE name = ?`,
-			o.Repository, o.Mode, o.Compression, o.Level, o.Threads, o.ChainSize, o.Quiesce, o.Name))
+			repository = ?, mode = ?, compression = ?, level = ?, threads = ?, chain_size = ?, quiesce = ?, quiesce_policy = ?, tracking = ?, fallback = ?
+			WHERE name = ?`,
+			o.Repository, o.Mode, o.Compression, o.Level, o.Threads, o.ChainSize, o.Quiesce, o.QuiescePolicy, o.Tracking, o.Fallback, o.Name))
 	})
 }
 
@@ -151,10 +157,11 @@ func (c *Catalog) RemoveOffering(ctx context.Context, name string) error {
 	})
 }
 
-const offeringColumns = "id, name, repository, mode, compression, level, threads, chain_size, quiesce, created"
+const offeringColumns = "id, name, repository, mode, compression, level, threads, chain_size, quiesce, quiesce_policy, tracking, fallback, created"
 
 func scanOffering(from row) (o Offering, err error) {
-	err = from.Scan(&o.ID, &o.Name, &o.Repository, &o.Mode, &o.Compression, &o.Level, &o.Threads, &o.ChainSize, &o.Quiesce, timestamp{&o.Created})
+	err = from.Scan(&o.ID, &o.Name, &o.Repository, &o.Mode, &o.Compression, &o.Level, &o.Threads, &o.ChainSize, &o.Quiesce, &o.QuiescePolicy, &o.Tracking, &o.Fallback,
+		timestamp{&o.Created})
 	return o, err
 }
 

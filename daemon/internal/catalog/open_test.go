@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/fstest"
@@ -67,30 +68,31 @@ func TestNewerSchemaIsRefused(t *testing.T) {
 
 func TestMigrationKeepsACopy(t *testing.T) {
 	ctx, path := t.Context(), filepath.Join(t.TempDir(), "catalog.sqlite")
-	first, err := readMigrations(migrations)
+	schema, err := readMigrations(migrations)
 	must(t, err)
-	c, err := open(ctx, path, first[:1])
+	c, err := open(ctx, path, schema)
 	must(t, err)
 	fixture(t, c)
 	must(t, c.Close())
+	kept := fmt.Sprintf("%s.schema-%d", path, len(schema))
 	// What a migration that was interrupted left.
-	must(t, os.WriteFile(path+".schema-1.new", []byte("half"), 0o600))
+	must(t, os.WriteFile(kept+".new", []byte("half"), 0o600))
 
-	failing := []string{first[0], "CREATE TABLE added (x); INSERT INTO nowhere VALUES (1)"}
+	failing := append(slices.Clone(schema), "CREATE TABLE added (x); INSERT INTO nowhere VALUES (1)")
 	if c, err := open(ctx, path, failing); c != nil || err == nil {
 		t.Fatalf("a failing migration gives %v, %v", c, err)
 	}
-	c, err = open(ctx, path, []string{first[0], "ALTER TABLE jobs ADD COLUMN more TEXT; CREATE TABLE added (x)"})
+	c, err = open(ctx, path, append(slices.Clone(schema), "ALTER TABLE jobs ADD COLUMN more TEXT; CREATE TABLE added (x)"))
 	must(t, err)
 	if _, err := c.Job(ctx, "j"); err != nil {
 		t.Error(err)
 	}
 	must(t, c.Close())
-	info, err := os.Stat(path + ".schema-1")
+	info, err := os.Stat(kept)
 	if err != nil || info.Mode().Perm() != 0o600 {
 		t.Fatalf("%v, %v", info, err)
 	}
-	old, err := open(ctx, path+".schema-1", first[:1])
+	old, err := open(ctx, kept, schema)
 	must(t, err)
 	defer func() { must(t, old.Close()) }()
 	if o, err := old.Offering(ctx, "daily"); err != nil || o.Settings != settings {

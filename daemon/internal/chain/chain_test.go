@@ -12,7 +12,7 @@ import (
 
 // good is a domain with one qcow2 and one raw disk, and a chain that can go on.
 func good() (Options, Domain, *Last) {
-	return Options{Backup: "b4", Mode: ModeIncremental, Offering: "daily", Repository: "r1", ChainSize: 7},
+	return Options{Backup: "b4", Mode: ModeIncremental, Offering: "daily", Repository: "r1", ChainSize: 7, Tracking: CBT, Fallback: FallbackDigest},
 		Domain{Disks: []Disk{
 			{Target: "vda", Source: "/d/a.qcow2", Format: "qcow2", Size: 10, Bitmap: BitmapValid},
 			{Target: "vdb", Source: "/d/b.qcow2", Format: "qcow2", Size: 20, Bitmap: BitmapValid},
@@ -31,9 +31,9 @@ func good() (Options, Domain, *Last) {
 
 func TestDecideIncrement(t *testing.T) {
 	want := Verdict{Kind: Incremental, Parent: "b3", Chain: "c1", Checkpoint: true, Disks: []DiskVerdict{
-		{Target: "vda", Kind: Incremental, Base: "virtbackup-b3", Tracking: CBT},
-		{Target: "vdb", Kind: Incremental, Base: "virtbackup-b3", Tracking: CBT},
-		{Target: "vdc", Kind: Full, Cause: RawDisk, Tracking: None},
+		{Target: "vda", Kind: Incremental, Changes: CBT, Base: "virtbackup-b3", Tracking: CBT},
+		{Target: "vdb", Kind: Incremental, Changes: CBT, Base: "virtbackup-b3", Tracking: CBT},
+		{Target: "vdc", Kind: Incremental, Changes: Digest, Cause: RawDisk, Tracking: Digest},
 	}}
 	if diff := cmp.Diff(want, Decide(good())); diff != "" {
 		t.Error(diff)
@@ -69,6 +69,7 @@ func TestDecideNewChain(t *testing.T) {
 		}},
 	} {
 		o, d, last := good()
+		o.Fallback = FallbackFull
 		c.change(&o, &d, last)
 		v := Decide(o, d, last)
 		if v.Kind != Full || v.Cause != c.want || v.Parent != "" || v.Chain != "" || v.Checkpoint != c.checkpoint {
@@ -89,32 +90,76 @@ func TestDecideFirst(t *testing.T) {
 	}
 }
 
-// TestDecideDemotesOneDisk has everything that makes the image of one disk full
-// while the other goes on.
+// TestDecideDemotesOneDisk has everything that keeps one disk from being an
+// increment by its bitmap, while the others go on.
 func TestDecideDemotesOneDisk(t *testing.T) {
 	for _, c := range []struct {
-		want   Cause
-		change func(*Disk, *LastDisk)
+		want    Cause
+		compare bool // with the parent's digests
+		change  func(*Options, *Disk, *LastDisk)
 	}{
-		{DiskAttached, func(_ *Disk, l *LastDisk) { l.Target = "vdx" }},
-		{DiskReplaced, func(d *Disk, _ *LastDisk) { d.Source = "/d/other.qcow2" }},
-		{DiskReplaced, func(_ *Disk, l *LastDisk) { l.Format = "raw" }},
-		{DiskResized, func(d *Disk, _ *LastDisk) { d.Size++ }},
-		{DiskResized, func(d *Disk, _ *LastDisk) { d.Size-- }},
-		{RawDisk, func(d *Disk, l *LastDisk) { d.Format, l.Format = "raw", "raw" }},
-		{CheckpointMissing, func(_ *Disk, l *LastDisk) { l.CBT = false }},
-		{CheckpointMissing, func(d *Disk, _ *LastDisk) { d.Bitmap = BitmapMissing }},
-		{CheckpointMissing, func(d *Disk, _ *LastDisk) { d.Bitmap = "" }},
-		{BitmapBroken, func(d *Disk, _ *LastDisk) { d.Bitmap = BitmapInconsistent }},
+		{DiskAttached, false, func(_ *Options, _ *Disk, l *LastDisk) { l.Target = "vdx" }},
+		{DiskResized, false, func(_ *Options, d *Disk, _ *LastDisk) { d.Size++ }},
+		{DiskResized, false, func(_ *Options, d *Disk, _ *LastDisk) { d.Size-- }},
+		{DiskReplaced, true, func(_ *Options, d *Disk, _ *LastDisk) { d.Source = "/d/other.qcow2" }},
+		{DiskReplaced, true, func(_ *Options, _ *Disk, l *LastDisk) { l.Format = "raw" }},
+		{DiskReplaced, true, func(_ *Options, d *Disk, l *LastDisk) { d.Run, d.Node, l.Run, l.Node = "1", 5, "1", 3 }},
+		{ChangedWhileOff, true, func(_ *Options, d *Disk, _ *LastDisk) { d.Unseen = ChangedWhileOff }},
+		{RawDisk, true, func(_ *Options, d *Disk, l *LastDisk) { d.Format, l.Format = "raw", "raw" }},
+		{CheckpointMissing, true, func(_ *Options, _ *Disk, l *LastDisk) { l.CBT = false }},
+		{CheckpointMissing, true, func(_ *Options, d *Disk, _ *LastDisk) { d.Bitmap = BitmapMissing }},
+		{CheckpointMissing, true, func(_ *Options, d *Disk, _ *LastDisk) { d.Bitmap = "" }},
+		{BitmapBroken, true, func(_ *Options, d *Disk, _ *LastDisk) { d.Bitmap = BitmapInconsistent }},
+	} {
+		for _, fallback := range []Fallback{"", FallbackDigest, FallbackFull} {
+			o, d, last := good()
+			o.Fallback = fallback
+			c.change(&o, &d.Disks[1], &last.Disks[1])
+			v := Decide(o, d, last)
+			if v.Kind != Incremental || v.Parent != "b3" || v.Disks[0].Changes != CBT {
+				t.Errorf("%s: the others do not go on: %+v", c.want, v)
+			}
+			want := DiskVerdict{Target: "vdb", Kind: Full, Cause: c.want, Tracking: v.Disks[1].Tracking}
+			if c.compare && fallback != FallbackFull {
+				want.Kind, want.Changes = Incremental, Digest
+			}
+			if diff := cmp.Diff(want, v.Disks[1]); diff != "" {
+				t.Errorf("%s with fallback %q: %s", c.want, fallback, diff)
+			}
+		}
+	}
+}
+
+// TestDecideGoesOnOverLayers has snapshots that were put on top of a disk, or
+// committed into it, and a new run of QEMU: bitmaps go along with all of these.
+func TestDecideGoesOnOverLayers(t *testing.T) {
+	for name, change := range map[string]func(*Disk, *LastDisk){
+		"snapshot": func(d *Disk, _ *LastDisk) { d.Source, d.Backing = "/d/overlay", []string{"/d/b.qcow2"} },
+		"commit":   func(d *Disk, l *LastDisk) { l.Source, l.Backing = "/d/overlay", []string{"/d/b.qcow2"} },
+		"started":  func(d *Disk, l *LastDisk) { d.Run, d.Node, l.Run, l.Node = "2", 5, "1", 3 },
+		"stopped":  func(_ *Disk, l *LastDisk) { l.Run, l.Node = "1", 3 },
+		"same run": func(d *Disk, l *LastDisk) { d.Run, d.Node, l.Run, l.Node = "1", 3, "1", 3 },
 	} {
 		o, d, last := good()
-		c.change(&d.Disks[1], &last.Disks[1])
-		v := Decide(o, d, last)
-		if v.Kind != Incremental || v.Parent != "b3" || v.Disks[0].Kind != Incremental {
-			t.Errorf("%s: the others do not go on: %+v", c.want, v)
+		change(&d.Disks[1], &last.Disks[1])
+		if got := Decide(o, d, last).Disks[1]; got.Changes != CBT || got.Cause != "" {
+			t.Errorf("%s: got %+v", name, got)
 		}
-		if got := v.Disks[1]; got.Kind != Full || got.Cause != c.want || got.Base != "" {
-			t.Errorf("%s: got %+v", c.want, got)
+	}
+}
+
+func TestDecideByDigestAlone(t *testing.T) {
+	for _, fallback := range []Fallback{FallbackDigest, FallbackFull} {
+		o, d, last := good()
+		o.Tracking, o.Fallback, d.Disks = Digest, fallback, d.Disks[:2]
+		v := Decide(o, d, last)
+		if v.Kind != Incremental || v.Checkpoint {
+			t.Errorf("got %+v", v)
+		}
+		for _, disk := range v.Disks {
+			if disk.Changes != Digest || disk.Cause != OfferingDigest || disk.Tracking != Digest {
+				t.Errorf("got %+v", disk)
+			}
 		}
 	}
 }
@@ -133,15 +178,20 @@ func TestDecideNeverIncrementInDoubt(t *testing.T) {
 		}
 		increments := 0
 		for i, got := range v.Disks {
-			if (got.Kind == Full) != (got.Cause != "") || (got.Kind == Full) != (got.Base == "") {
+			if (got.Changes == CBT) != (got.Cause == "") || (got.Changes == CBT) != (got.Base != "") || (got.Kind == Full) != (got.Changes == "") {
 				t.Fatalf("disk does not say why: %+v", got)
 			}
-			if got.Tracking == CBT && (d.InternalSnapshots || d.Disks[i].Format != "qcow2" || o.Isolated) {
+			if got.Tracking == CBT && (d.InternalSnapshots || d.Disks[i].Format != "qcow2" || o.Isolated || o.Tracking == Digest) {
 				t.Fatalf("a bitmap where none may be: %+v", got)
+			}
+			if got.Changes == CBT {
+				mayBeIncrement(t, d.Disks[i], last)
+			}
+			if got.Changes == Digest {
+				mayBeCompared(t, d.Disks[i], last)
 			}
 			if got.Kind == Incremental {
 				increments++
-				mayBeIncrement(t, d.Disks[i], last)
 			}
 		}
 		if (v.Kind == Incremental) != (increments > 0) || (v.Kind == Full) != (v.Cause != "") || (v.Kind == Full) != (v.Parent == "") {
@@ -157,8 +207,15 @@ func TestDecideNeverIncrementInDoubt(t *testing.T) {
 func mayBeIncrement(t *rapid.T, disk Disk, last *Last) {
 	i := slices.IndexFunc(last.Disks, func(l LastDisk) bool { return l.Target == disk.Target })
 	if i < 0 || !last.Disks[i].CBT || last.Checkpoint == "" || disk.Bitmap != BitmapValid ||
-		last.Disks[i].Size != disk.Size || last.Disks[i].Source != disk.Source || disk.Format != "qcow2" {
+		last.Disks[i].Size != disk.Size || last.Disks[i].Source != disk.Source || disk.Format != "qcow2" || disk.Unseen != "" {
 		t.Fatalf("increment of %+v after %+v", disk, last)
+	}
+}
+
+func mayBeCompared(t *rapid.T, disk Disk, last *Last) {
+	i := slices.IndexFunc(last.Disks, func(l LastDisk) bool { return l.Target == disk.Target })
+	if i < 0 || last.Disks[i].Size != disk.Size {
+		t.Fatalf("nothing to compare %+v with after %+v", disk, last)
 	}
 }
 
@@ -167,6 +224,8 @@ func drawFacts(t *rapid.T) (Options, Domain, *Last) {
 	o, d, last := good()
 	o.Full, o.Isolated, d.InternalSnapshots = oneIn("full"), oneIn("isolated"), oneIn("snapshots")
 	o.ChainSize = rapid.IntRange(0, 5).Draw(t, "chain size")
+	o.Tracking = rapid.SampledFrom([]Tracking{CBT, CBT, Digest}).Draw(t, "tracking")
+	o.Fallback = rapid.SampledFrom([]Fallback{FallbackDigest, FallbackFull}).Draw(t, "fallback")
 	if oneIn("offering") {
 		o.Offering = "other"
 	}
@@ -186,6 +245,9 @@ func drawFacts(t *rapid.T) (Options, Domain, *Last) {
 		d.Disks[i].Bitmap = rapid.SampledFrom([]Bitmap{BitmapValid, BitmapValid, BitmapValid, BitmapMissing, BitmapInconsistent, ""}).Draw(t, "bitmap")
 		d.Disks[i].Format = rapid.SampledFrom([]string{d.Disks[i].Format, "qcow2", "raw"}).Draw(t, "format")
 		last.Disks[i].CBT = !oneIn("covered")
+		if oneIn("unseen") {
+			d.Disks[i].Unseen = rapid.SampledFrom([]Cause{Unseen, ChangedWhileOff, HostRestarted}).Draw(t, "cause")
+		}
 		if oneIn("resized") {
 			d.Disks[i].Size *= 2
 		}

@@ -8,9 +8,11 @@ type Options struct {
 	Full       bool   // start a new chain
 	Isolated   bool   // stay outside of the domain's chains
 	Mode       Mode
-	Offering   string // name
-	Repository string // id
-	ChainSize  int    // backups in a chain, the full one included; 0: no bound
+	Offering   string   // name
+	Repository string   // id
+	ChainSize  int      // backups in a chain, the full one included; 0: no bound
+	Tracking   Tracking // what the offering asks for; "" is CBT
+	Fallback   Fallback // for a disk whose changes are not known; "" is FallbackDigest
 }
 
 // Bitmap is the state of the bitmap that the chain's current checkpoint has on
@@ -31,11 +33,19 @@ type Domain struct {
 
 // Disk is a disk as it is now.
 type Disk struct {
-	Target string // "vda"
-	Source string // path
-	Format string // "qcow2", "raw", …
-	Size   uint64 // bytes
-	Bitmap Bitmap // "" is missing
+	Target  string   // "vda"
+	Source  string   // path
+	Backing []string // paths of the layers below, top first
+	Format  string   // "qcow2", "raw", …
+	Size    uint64   // bytes
+	Bitmap  Bitmap   // "" is missing
+	// Run and Node say which opening of the source this is: QEMU's run, and its
+	// block node in it. "" and 0 while the domain is off.
+	Run  string
+	Node int
+	// Unseen is why the disk may have changed unseen since the last backup's
+	// point in time, "" if it was watched all the time.
+	Unseen Cause
 }
 
 // Last is the newest chain of the domain, and its newest backup.
@@ -55,11 +65,14 @@ type Last struct {
 
 // LastDisk is a disk as the newest backup has it.
 type LastDisk struct {
-	Target string
-	Source string
-	Format string
-	Size   uint64 // bytes
-	CBT    bool   // the checkpoint covers it
+	Target  string
+	Source  string
+	Backing []string // paths of the layers below, top first
+	Format  string
+	Size    uint64 // bytes
+	CBT     bool   // the checkpoint covers it
+	Run     string // see Disk
+	Node    int
 }
 
 // Verdict says what the next backup is.
@@ -78,14 +91,15 @@ type Verdict struct {
 type DiskVerdict struct {
 	Target   string
 	Kind     Kind
-	Cause    Cause    // why it is full; "" for an increment
-	Base     string   // the checkpoint whose changes an increment holds
+	Changes  Tracking // how an increment's changes are found: CBT or Digest; "" if it is full
+	Cause    Cause    // why it is not an increment by CBT; "" if it is
+	Base     string   // the checkpoint whose changes it holds, of CBT
 	Tracking Tracking // of the changes from this backup on
 }
 
 // Decide says what the next backup of a domain is. last is nil if the domain
-// has no chain in the repository. In doubt an image is full: a needless full
-// read is a cost, a wrong increment is a lost machine.
+// has no chain in the repository. In doubt a bitmap is not used: a needless read
+// is a cost, a wrong increment is a lost machine.
 func Decide(o Options, d Domain, last *Last) Verdict {
 	v := Verdict{Kind: Incremental, Cause: chainCause(o, last)}
 	causes := map[Cause]bool{}
@@ -96,11 +110,15 @@ func Decide(o Options, d Domain, last *Last) Verdict {
 			v.Checkpoint = true
 		}
 		if v.Cause == "" {
-			one.Cause = diskCause(d, disk, last)
+			one.Cause = diskCause(o, d, disk, last)
+			one.Changes = changes(o, one.Cause)
 		}
-		if one.Cause == "" {
-			one.Kind, one.Base = Incremental, last.Checkpoint
+		if one.Changes != "" {
+			one.Kind = Incremental
 			increments++
+		}
+		if one.Changes == CBT {
+			one.Base = last.Checkpoint
 		}
 		causes[one.Cause] = true
 		v.Disks = append(v.Disks, one)
@@ -117,6 +135,19 @@ func Decide(o Options, d Domain, last *Last) Verdict {
 	}
 	v.Parent, v.Chain = last.Backup, last.Chain
 	return v
+}
+
+// changes says how to find what changed since the parent, "" for not at all.
+func changes(o Options, cause Cause) Tracking {
+	switch {
+	case cause == "":
+		return CBT
+	case cause == DiskAttached || cause == DiskResized:
+		return "" // the parent has nothing to compare with
+	case o.Fallback == FallbackFull && cause != OfferingDigest:
+		return ""
+	}
+	return Digest
 }
 
 // chainCause returns why the next backup starts a new chain, "" if it does not.
@@ -158,22 +189,27 @@ func endedCause(last *Last) Cause {
 	return ChainBroken
 }
 
-// diskCause returns why the disk's image is full in an increment, "" if it is not.
-func diskCause(d Domain, disk Disk, last *Last) Cause {
+// diskCause returns why the disk's image cannot be an increment by the
+// checkpoint's bitmap, "" if it can.
+func diskCause(o Options, d Domain, disk Disk, last *Last) Cause {
 	i := slices.IndexFunc(last.Disks, func(l LastDisk) bool { return l.Target == disk.Target })
 	if i < 0 {
 		return DiskAttached
 	}
 	before := last.Disks[i]
 	switch {
-	case before.Source != disk.Source || before.Format != disk.Format:
-		return DiskReplaced
 	case before.Size != disk.Size:
 		return DiskResized
+	case !sameDisk(before, disk):
+		return DiskReplaced
+	case disk.Unseen != "":
+		return disk.Unseen
 	case disk.Format != "qcow2":
 		return RawDisk
 	case d.InternalSnapshots:
 		return InternalSnapshot
+	case o.Tracking == Digest:
+		return OfferingDigest
 	case last.Checkpoint == "" || !before.CBT:
 		return CheckpointMissing
 	case disk.Bitmap == BitmapInconsistent:
@@ -184,10 +220,27 @@ func diskCause(d Domain, disk Disk, last *Last) Cause {
 	return ""
 }
 
+// sameDisk tells whether this is the disk that the last backup had, whatever
+// snapshots were put on top of it or committed into it meanwhile: bitmaps go
+// along with those.
+func sameDisk(before LastDisk, now Disk) bool {
+	if before.Format != now.Format {
+		return false
+	}
+	if before.Source != now.Source {
+		return slices.Contains(now.Backing, before.Source) || slices.Contains(before.Backing, now.Source)
+	}
+	// Opened anew in the same run, it was detached: nobody watched it meanwhile.
+	return now.Run == "" || now.Run != before.Run || now.Node == before.Node
+}
+
 // tracking says how the disk's changes can be known from the next backup on.
 func tracking(o Options, d Domain, disk Disk) Tracking {
-	if o.Isolated || o.Mode == ModeFull || d.InternalSnapshots || disk.Format != "qcow2" {
+	switch {
+	case o.Isolated || o.Mode == ModeFull:
 		return None
+	case d.InternalSnapshots || disk.Format != "qcow2" || o.Tracking == Digest:
+		return Digest
 	}
 	return CBT
 }

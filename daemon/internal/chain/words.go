@@ -19,7 +19,15 @@ const (
 	CBT      Tracking = "cbt"      // a dirty bitmap that belongs to a libvirt checkpoint
 	Snapshot Tracking = "snapshot" // an external overlay
 	Digest   Tracking = "digest"   // read everything and compare
-	None     Tracking = "none"     // not known: the next image is full
+	None     Tracking = "none"     // not wanted: the next image is full
+)
+
+// Fallback is what an offering wants of a disk whose changes are not known.
+type Fallback string
+
+const (
+	FallbackDigest Fallback = "digest" // read all of it, store what differs from the parent
+	FallbackFull   Fallback = "full"   // store all of it
 )
 
 // Mode is what an offering asks for.
@@ -50,7 +58,7 @@ const (
 	Deleting BackupState = "deleting"
 )
 
-// Cause says why an image is full, or why a chain ended. The strings are part
+// Cause says why an image is not an increment by a bitmap, or why a chain ended. The strings are part
 // of the D-Bus API and of the catalog.
 type Cause string
 
@@ -73,11 +81,16 @@ const (
 	Restored          Cause = "restored"           // a backup was restored over the domain's disks
 	NoDiskTracked     Cause = "no-disk-tracked"    // every disk needs a full image, for different causes
 
-	// Of a disk: its image is full, the other disks go on.
+	// Of a disk: it is read whole, and stored whole or where it differs from the
+	// parent; the other disks go on.
 
-	DiskAttached      Cause = "disk-attached"      // the parent has no image of this disk
-	DiskReplaced      Cause = "disk-replaced"      // another source or format under the same target
-	DiskResized       Cause = "disk-resized"       // the size differs from the parent's image
+	DiskAttached      Cause = "disk-attached"      // the parent has no image of this disk: stored whole
+	DiskReplaced      Cause = "disk-replaced"      // another source or format under the same target, or the same detached and attached again
+	DiskResized       Cause = "disk-resized"       // the size differs from the parent's image: stored whole
+	ChangedWhileOff   Cause = "changed-while-off"  // the image is not as it was when the domain stopped
+	Unseen            Cause = "unseen"             // the domain stopped or started, and nobody watched its disks
+	HostRestarted     Cause = "host-restarted"     // the host went down while the domain ran
+	OfferingDigest    Cause = "offering-digest"    // the offering wants all disks compared
 	RawDisk           Cause = "raw-disk"           // the format cannot carry a bitmap
 	CheckpointMissing Cause = "checkpoint-missing" // the parent's checkpoint does not cover the disk, or is gone
 	BitmapBroken      Cause = "bitmap-broken"      // the bitmap is missing, in use or inconsistent

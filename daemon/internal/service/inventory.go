@@ -132,7 +132,8 @@ func (s *Service) CreateOffering(ctx context.Context, _ bus.Caller, name, reposi
 
 // defaultSettings are those of an offering that says nothing.
 func defaultSettings() catalog.Settings {
-	return catalog.Settings{Mode: chain.ModeIncremental, Compression: string(dbus.CompressionNone), Quiesce: string(dbus.QuiesceNone)}
+	return catalog.Settings{Mode: chain.ModeIncremental, Compression: string(dbus.CompressionNone), Quiesce: string(dbus.QuiesceNone),
+		QuiescePolicy: "require", Tracking: chain.CBT, Fallback: chain.FallbackDigest}
 }
 
 // override applies what is given to settings, and checks that they fit.

@@ -159,11 +159,15 @@ func checkTable(t rapid.TB, table *Table, model, before, none []sum) {
 	// Each first block is asked for from its predecessor on, and up to all ends.
 	for _, ask := range []struct {
 		first func(from, to int) (int, error)
-		other []sum
-	}{{table.FirstData, none}, {table.FirstChange, before}} {
+		found func(i int) bool
+	}{
+		{table.FirstData, func(i int) bool { return model[i] != none[i] }},
+		{table.FirstZero, func(i int) bool { return model[i] == none[i] }},
+		{table.FirstChange, func(i int) bool { return model[i] != before[i] }},
+	} {
 		for from := 0; from < len(model); {
 			want := from
-			for want < len(model) && model[want] == ask.other[want] {
+			for want < len(model) && !ask.found(want) {
 				want++
 			}
 			for _, to := range []int{want, len(model)} {
@@ -224,6 +228,7 @@ func FuzzHostileFile(f *testing.F) {
 		if table, err := Open(bytes.NewReader(file), int64(len(file)), good.size, root, parent); err == nil {
 			_, _ = table.FirstData(0, len(good.model))
 			_, _ = table.FirstChange(0, len(good.model))
+			_, _ = table.FirstZero(0, len(good.model))
 		}
 	})
 }

@@ -82,6 +82,21 @@ func (t *Table) FirstData(from, to int) (int, error) {
 	return t.first(from, to, func(level int, index uint64) (sum, error) { return t.zero(level, index), nil })
 }
 
+// FirstZero returns the first block in [from, to) that is all zeros, or to. It
+// looks at each block on the way.
+func (t *Table) FirstZero(from, to int) (int, error) {
+	for block := from; block < to; block++ {
+		s, err := t.Sum(block)
+		if err != nil {
+			return 0, err
+		}
+		if s == t.zero(0, uint64(block)) {
+			return block, nil
+		}
+	}
+	return to, nil
+}
+
 // FirstChange returns the first block in [from, to) that is not as in the
 // parent, or to. Without a parent that is the first that is not all zeros.
 func (t *Table) FirstChange(from, to int) (int, error) {

@@ -172,10 +172,11 @@ func (b *backup) prepare() error {
 	}
 	for i, spec := range b.Disks {
 		entry := &m.Disks[i]
-		incremental := entry.Kind == repository.KindIncremental
-		if entry.Target != spec.Target || entry.Size != spec.Size || incremental != (spec.Bitmap != "") {
+		changes, ok := spec.changes(entry.Kind)
+		if !ok || entry.Target != spec.Target || entry.Size != spec.Size {
 			return fail(ClassInternal, "the specification contradicts itself about disk %q", spec.Target)
 		}
+		entry.Changes = changes
 		entry.File = repository.ImageName(entry.Target)
 		d := &diskCopy{backup: b, spec: spec, entry: entry, count: b.status.disk(entry.Target)}
 		b.disks = append(b.disks, d)

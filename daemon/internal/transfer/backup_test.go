@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -47,7 +48,8 @@ func TestFullAndIncrement(t *testing.T) {
 }
 
 // TestRandomIncrements writes and resizes at random between increments, in all
-// ways that a guest can, and compares each backup with the disks as they were.
+// ways that a guest can, finds the changes in all ways that there are, and
+// compares each backup with the disks as they were.
 func TestRandomIncrements(t *testing.T) {
 	outer := newHost(t)
 	rapid.Check(t, func(t *rapid.T) {
@@ -60,7 +62,8 @@ func TestRandomIncrements(t *testing.T) {
 		h.dir = dir
 		var disks []disk
 		for i := range rapid.IntRange(1, 2).Draw(t, "disks") {
-			disks = append(disks, h.disk(fmt.Sprintf("vd%c", 'a'+i), "qcow2", drawSize(t)))
+			format := rapid.SampledFrom([]string{"qcow2", "qcow2", "raw"}).Draw(t, "format")
+			disks = append(disks, h.disk(fmt.Sprintf("vd%c", 'a'+i), format, drawSize(t)))
 		}
 		compression := rapid.SampledFrom([]string{"none", "zlib", "zstd"}).Draw(t, "compression")
 		var parent, chain string
@@ -71,28 +74,36 @@ func TestRandomIncrements(t *testing.T) {
 			if chain == "" {
 				chain = id
 			}
-			resized := map[string]bool{}
+			tops, ways := slices.Clone(disks), make([]string, len(disks))
 			for i := range disks {
-				d := &disks[i]
-				if parent != "" && rapid.IntRange(0, 3).Draw(t, "resize") == 0 {
-					d.size = drawSize(t)
-					h.command("qemu-img", "resize", "-q", "--shrink", "-f", d.format, d.path, fmt.Sprint(d.size))
-					resized[d.target] = true
+				if parent != "" {
+					ways[i] = drawWay(t, &h, &disks[i])
 				}
-				if commands := drawWrites(t, d.size); len(commands) > 0 {
-					d.io(&h, commands...)
+				tops[i] = disks[i]
+				if ways[i] == repository.ChangesSnapshot {
+					tops[i] = disks[i].overlay(&h, rapid.SampledFrom(layerOptions).Draw(t, "layer"))
 				}
-				want[d.target] = d.raw(&h)
+				if commands := drawWrites(t, tops[i].size); len(commands) > 0 {
+					tops[i].io(&h, commands...)
+				}
+				want[tops[i].target] = tops[i].raw(&h)
 			}
 			spec := h.backupSpec(id, parent, chain, disks...)
 			spec.Compression = compression
-			for i, d := range disks {
-				if resized[d.target] { // its chain of images begins anew
-					spec.Manifest.Disks[i].Kind, spec.Disks[i].Bitmap = repository.KindFull, ""
-				}
+			for i := range disks {
+				spec.find(i, ways[i])
 			}
-			if r := h.take(spec, disks...); r.Error != nil {
+			if r := h.take(spec, tops...); r.Error != nil {
 				t.Fatal(r.Error)
+			}
+			for i, top := range tops {
+				if ways[i] != repository.ChangesSnapshot {
+					continue
+				}
+				top.commit(&h)
+				if disks[i].format == "qcow2" {
+					disks[i].bitmap(&h, bitmapName(id))
+				}
 			}
 			backups[id], parent = want, id
 		}
@@ -107,6 +118,26 @@ func TestRandomIncrements(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
+}
+
+// layerOptions are those of the overlays: clusters smaller than ours, greater,
+// and in parts.
+var layerOptions = []string{"cluster_size=64k", "cluster_size=4k", "cluster_size=2M", "cluster_size=128k,extended_l2=on"}
+
+// drawWay draws how the changes of a disk are to be found. A disk of another
+// size has its image full.
+func drawWay(t *rapid.T, h *host, d *disk) string {
+	h.Helper()
+	if rapid.IntRange(0, 3).Draw(t, "resize") == 0 {
+		d.size = drawSize(t)
+		h.command("qemu-img", "resize", "-q", "--shrink", "-f", d.format, d.path, fmt.Sprint(d.size))
+		return ""
+	}
+	ways := []string{repository.ChangesSnapshot, repository.ChangesDigest}
+	if d.format == "qcow2" {
+		ways = append(ways, repository.ChangesCBT)
+	}
+	return rapid.SampledFrom(ways).Draw(t, "way")
 }
 
 // drawSize draws the size of a disk, up to a bit over two nodes of digests.

@@ -39,6 +39,28 @@ type diskCopy struct {
 	digestFile repository.File
 }
 
+// changes says how the changes in an image of this kind are found; not ok if the
+// disk's export does not go with it.
+func (d BackupDisk) changes(kind string) (how string, ok bool) {
+	var ways []string
+	if d.Bitmap != "" {
+		ways = append(ways, repository.ChangesCBT)
+	}
+	if d.Layer {
+		ways = append(ways, repository.ChangesSnapshot)
+	}
+	if d.Compare {
+		ways = append(ways, repository.ChangesDigest)
+	}
+	if kind != repository.KindIncremental {
+		return "", len(ways) == 0
+	}
+	if len(ways) != 1 {
+		return "", false
+	}
+	return ways[0], true
+}
+
 // prepare opens what the disk needs in the repository. An increment's parent is
 // opened down to the full image: if that fails now, a full backup is made
 // instead, and if it would fail later, this one is worth nothing.
@@ -94,8 +116,15 @@ type extent struct {
 
 func (d *diskCopy) copy(ctx context.Context) error {
 	contexts := []string{nbd.ContextAllocation}
-	if d.spec.Bitmap != "" {
-		contexts = append(contexts, d.spec.Bitmap)
+	p := planner{size: d.spec.Size}
+	switch d.entry.Changes {
+	case repository.ChangesCBT:
+		p.changes = byBitmap(d.spec.Bitmap)
+	case repository.ChangesSnapshot:
+		p.changes = byLayer()
+	}
+	if p.changes != nil {
+		contexts = append(contexts, p.changes.context)
 	}
 	client, err := nbd.Dial(ctx, d.spec.Socket, nbd.Options{Export: d.spec.Export, Contexts: contexts})
 	if err != nil {
@@ -105,7 +134,7 @@ func (d *diskCopy) copy(ctx context.Context) error {
 	if client.Size() != d.spec.Size {
 		return fail(ClassSource, "its export has %d bytes instead of %d", client.Size(), d.spec.Size)
 	}
-	p := planner{source: client, size: d.spec.Size, bitmap: d.spec.Bitmap}
+	p.source = client
 	if err := d.begin(ctx, p); err != nil {
 		return err
 	}
@@ -128,7 +157,7 @@ func (d *diskCopy) begin(ctx context.Context, p planner) error {
 		return err
 	}
 	d.count.total.Store(total)
-	if d.spec.Bitmap != "" {
+	if p.changes != nil {
 		d.count.dirty.Store(total)
 	}
 	d.ahead = newWriteback(d.image)
@@ -196,23 +225,35 @@ func sums(data []byte) [][digest.SumSize]byte {
 	return list
 }
 
-// store puts the next extent into the image and its digests into the table.
+// store takes the next extent into the backup.
 func (d *diskCopy) store(e *extent) error {
+	put := d.put
+	if d.entry.Changes == repository.ChangesDigest {
+		put = d.compare
+	}
+	if err := put(e); err != nil {
+		return err
+	}
+	if e.kind != spanClean {
+		d.count.done.Add(e.length)
+	}
+	return nil
+}
+
+// put puts the next extent into the image and its digests into the table.
+func (d *diskCopy) put(e *extent) error {
 	if err := d.digest(e); err != nil {
 		d.writer.PutBuffer(e.data)
 		return err
 	}
 	var err error
 	switch e.kind {
-	case spanClean:
-		return nil
 	case spanZero:
 		d.count.zero.Add(e.length)
 		err = d.writer.WriteZero(e.off, e.length)
 	case spanData:
 		err = d.writer.WriteData(e.off, e.data)
 	}
-	d.count.done.Add(e.length)
 	return classify(ClassRepository, err)
 }
 
@@ -254,7 +295,7 @@ func (d *diskCopy) end() error {
 	if err != nil {
 		return classify(ClassRepository, err)
 	}
-	d.entry.StoredBytes = uint64(info.Size())
+	d.entry.StoredBytes, d.entry.ReadBytes = uint64(info.Size()), d.count.read.Load()
 	// Their memory is for the disks that are still being copied.
 	d.writer, d.table = nil, nil
 	return nil

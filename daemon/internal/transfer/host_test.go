@@ -168,7 +168,7 @@ func (d disk) export(h *host, bitmap string) (socket string, stop func()) {
 	socket = filepath.Join(h.dir, d.target+".sock")
 	pid := filepath.Join(h.dir, d.target+".pid")
 	args := []string{"--read-only", "--persistent", "--shared=4", "--fork", "--pid-file=" + pid, "--socket=" + socket,
-		"--export-name=" + d.target, "--format=" + d.format}
+		"--export-name=" + d.target, "--format=" + d.format, "--allocation-depth"}
 	if bitmap != "" {
 		args = append(args, "--bitmap="+bitmap)
 	}
@@ -233,6 +233,39 @@ func (h *host) backupSpec(id, parent, chain string, disks ...disk) *BackupSpec {
 		b.Disks = append(b.Disks, export)
 	}
 	return b
+}
+
+// find sets how the changes of the disk with this index are found; "" makes its
+// image a full one.
+func (b *BackupSpec) find(i int, changes string) {
+	entry, export := &b.Manifest.Disks[i], &b.Disks[i]
+	entry.Kind = repository.KindIncremental
+	export.Bitmap, export.Layer, export.Compare = "", changes == repository.ChangesSnapshot, changes == repository.ChangesDigest
+	switch changes {
+	case "":
+		entry.Kind = repository.KindFull
+	case repository.ChangesCBT:
+		export.Bitmap = "qemu:dirty-bitmap:" + bitmapName(b.Manifest.Parent)
+	}
+}
+
+// overlay puts an empty image upon a disk, which it becomes the layer of. What
+// is written from then on is in it, until it is committed.
+func (d disk) overlay(h *host, options string) disk {
+	h.Helper()
+	top := d
+	top.path, top.format = filepath.Join(h.dir, d.target+".overlay."+h.id()), "qcow2"
+	h.command("qemu-img", "create", "-q", "-f", top.format, "-o", options, "-b", d.path, "-F", d.format, top.path)
+	return top
+}
+
+// commit brings what an overlay holds into the disk below, and removes it.
+func (d disk) commit(h *host) {
+	h.Helper()
+	h.command("qemu-img", "commit", "-q", "-f", d.format, d.path)
+	if err := os.Remove(d.path); err != nil {
+		h.Fatal(err)
+	}
 }
 
 func bitmapName(backup string) string { return "virtbackup-" + backup }

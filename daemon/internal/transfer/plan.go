@@ -38,11 +38,30 @@ type source interface {
 	ReadAt(ctx context.Context, p []byte, off uint64) error
 }
 
+// changes is what tells which ranges are not as in the parent: those whose flags
+// in a metadata context say so.
+type changes struct {
+	context string
+	changed func(flags uint32) bool
+}
+
+// byBitmap finds what a dirty bitmap saw change.
+func byBitmap(context string) *changes {
+	return &changes{context, func(flags uint32) bool { return flags&nbd.StateDirty != 0 }}
+}
+
+// byLayer finds what the export's top image holds itself, be it data or zeroes.
+// The flags of this context are how deep in the chain of images a range is
+// allocated: 1 is the top, 0 nowhere (QEMU's docs/interop/nbd.txt).
+func byLayer() *changes {
+	return &changes{"qemu:allocation-depth", func(depth uint32) bool { return depth == 1 }}
+}
+
 // planner says what to do with each cluster of a disk.
 type planner struct {
-	source source
-	size   uint64
-	bitmap string // "" plans the whole disk
+	source  source
+	size    uint64
+	changes *changes // nil plans the whole disk
 }
 
 // plan calls fn with the spans of the whole disk, in order, without gaps.
@@ -50,7 +69,7 @@ func (p planner) plan(ctx context.Context, fn func(span) error) error {
 	for off := uint64(0); off < p.size; off += windowSize {
 		window := span{off: off, length: min(windowSize, p.size-off), kind: spanData}
 		dirty := []span{window}
-		if p.bitmap != "" {
+		if p.changes != nil {
 			var err error
 			if dirty, err = p.dirty(ctx, window); err != nil {
 				return err
@@ -75,7 +94,7 @@ func (p planner) plan(ctx context.Context, fn func(span) error) error {
 
 // total is how many bytes of the disk are not clean.
 func (p planner) total(ctx context.Context) (uint64, error) {
-	if p.bitmap == "" {
+	if p.changes == nil {
 		return p.size, nil
 	}
 	var total uint64
@@ -98,13 +117,13 @@ func emitSpan(fn func(span) error, from, to uint64, kind spanKind) error {
 	return fn(span{from, to - from, kind})
 }
 
-// dirty returns the ranges of a window with a dirty byte, rounded outward to
+// dirty returns the ranges of a window with a changed byte, rounded outward to
 // clusters: what they then hold besides is read from the export too, which
 // shows the whole disk as it was at the point in time.
 func (p planner) dirty(ctx context.Context, window span) ([]span, error) {
 	var dirty []span
-	err := p.source.Extents(ctx, p.bitmap, window.off, window.length, func(e nbd.Extent) error {
-		if e.Flags&nbd.StateDirty == 0 || e.Length == 0 {
+	err := p.source.Extents(ctx, p.changes.context, window.off, window.length, func(e nbd.Extent) error {
+		if !p.changes.changed(e.Flags) || e.Length == 0 {
 			return nil
 		}
 		from := e.Offset / clusterSize * clusterSize

@@ -79,7 +79,8 @@ type RepositorySpec struct {
 type BackupSpec struct {
 	// Manifest as far as the daemon knows it: domain, backup, parent, chain,
 	// kind, offering, … and of each disk target, size, kind, tracking,
-	// checkpoint, format and source. The worker fills in the rest.
+	// checkpoint, format and source. The worker fills in the rest; what changes
+	// were found by, it knows by BackupDisk.
 	Manifest    repository.Manifest `json:"manifest"`
 	Compression string              `json:"compression"`       // "none", "zlib", "zstd"
 	Level       int                 `json:"level,omitempty"`   // of the compression; 0 is its default
@@ -103,7 +104,7 @@ type BackupDisk struct {
 	// How what changed since the parent is found.
 	Bitmap  string `json:"bitmap,omitempty"`  // by the metadata context of a dirty bitmap
 	Compare bool   `json:"compare,omitempty"` // by reading the disk and comparing it with the parent's digests
-	Layer   bool   `json:"layer,omitempty"`   // it is what the export's top image holds itself, by ContextDepth
+	Layer   bool   `json:"layer,omitempty"`   // it is what the export's top image holds itself, by qemu:allocation-depth
 }
 
 // FileSpec is another file of the backup, copied from the host or given.

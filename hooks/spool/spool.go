@@ -1,0 +1,294 @@
+// Package spool keeps what the libvirt hook saw until the daemon has taken it
+// over: a directory of records in order of a number. It is the only way from
+// the hook to the daemon, so that nothing depends on whether that runs, and
+// nothing overtakes.
+package spool
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/virtbackup/virtbackup/hooks/fingerprint"
+)
+
+// Directory is where the hook writes to. Only root may enter it: a domain's
+// definition may hold secrets.
+const Directory = "/var/lib/virtbackup/hooks"
+
+// Version is that of the records which Write writes.
+const Version = 1
+
+// Record is what the hook saw once.
+type Record struct {
+	Version int `json:"version"`
+	// Time is in µs since the epoch.
+	Time int64 `json:"time_usec"`
+	// Boot is /proc/sys/kernel/random/boot_id.
+	Boot string `json:"boot"`
+	// Libvirt is the process that called the hook: its id and its start time
+	// in clock ticks since the boot (proc(5), stat, field 22), as "1234@56789".
+	Libvirt string `json:"libvirt"`
+	// Domain is its UUID, in lower case with dashes; empty when the definition
+	// could not be read, so that only the name is known.
+	Domain string `json:"domain"`
+	Name   string `json:"name"`
+	// DomainID is libvirt's number of the running domain; 0 for none.
+	DomainID int `json:"domain_id"`
+	// Operation, SubOperation and Extra are what the hook was called with
+	// (https://libvirt.org/hooks.html), as prepare, begin, -.
+	Operation    string `json:"operation"`
+	SubOperation string `json:"sub_operation"`
+	Extra        string `json:"extra"`
+	// XML is the domain's definition as the hook got it.
+	XML string `json:"xml"`
+	// Disks are there at prepare and release only.
+	Disks []fingerprint.Disk `json:"disks"`
+}
+
+// Entry is one record of the spool. Err says why it cannot be read: then
+// anything may have happened, to any domain.
+type Entry struct {
+	Number uint64
+	Record Record
+	Err    error
+}
+
+const (
+	// A record is NUMBER.json. When it was removed, and no newer one was, it
+	// is an empty NUMBER.taken: numbers are not used twice.
+	recordSuffix = ".json"
+	takenSuffix  = ".taken"
+	// A record that is being written.
+	temporaryPrefix = ".new-"
+	// Nobody takes so long to write one.
+	temporaryAge = time.Hour
+	// lockLimit is how long to wait for who changes the directory. That takes
+	// some µs, so who takes longer was stopped.
+	lockLimit = 100 * time.Millisecond
+	lockRetry = time.Millisecond
+	// maxRecord is longer than any record: the definition is 16 MiB at most,
+	// and each byte six bytes in JSON.
+	maxRecord = 128 << 20
+)
+
+// Write puts a record into the spool, and makes it the last one. It makes the
+// directory where needed. When it returns without an error, the record is
+// there also after a loss of power. Errors are the file system's; after one the
+// record may be there or not.
+func Write(ctx context.Context, directory string, r Record) (number uint64, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("cannot record what happened to domain %q: %w", r.Name, err)
+		}
+	}()
+	if err := os.MkdirAll(directory, 0o700); err != nil {
+		return 0, err
+	}
+	dir, err := os.Open(directory)
+	if err != nil {
+		return 0, err
+	}
+	defer dir.Close()
+	temporary, err := writeTemporary(directory, r)
+	if err != nil {
+		return 0, err
+	}
+	defer os.Remove(temporary)
+	if number, err = last(ctx, dir, temporary); err != nil {
+		return 0, err
+	}
+	return number, dir.Sync()
+}
+
+// writeTemporary writes a record that has no number yet, and returns its path.
+func writeTemporary(directory string, r Record) (path string, err error) {
+	var text bytes.Buffer
+	encoder := json.NewEncoder(&text)
+	encoder.SetEscapeHTML(false) // XML would be twice as long
+	if err := encoder.Encode(r); err != nil {
+		return "", err
+	}
+	f, err := os.CreateTemp(directory, temporaryPrefix)
+	if err != nil {
+		return "", err
+	}
+	_, err = f.Write(text.Bytes())
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err != nil {
+		_ = os.Remove(f.Name())
+	}
+	return f.Name(), err
+}
+
+// last links a record to the number after the greatest.
+func last(ctx context.Context, dir *os.File, temporary string) (uint64, error) {
+	defer lock(ctx, dir)()
+	for {
+		names, err := scan(dir.Name())
+		if err != nil {
+			return 0, err
+		}
+		number := names.greatest() + 1
+		// It never replaces anything.
+		err = os.Link(temporary, file(dir.Name(), number, recordSuffix))
+		if !errors.Is(err, fs.ErrExist) {
+			return number, err
+		}
+	}
+}
+
+// lock keeps others from changing the directory meanwhile, and returns what
+// lets them again. It does not wait for long: the link keeps records apart
+// without it, and only the greatest number could be overlooked while it is
+// being removed.
+func lock(ctx context.Context, dir *os.File) (unlock func()) {
+	ctx, cancel := context.WithTimeout(ctx, lockLimit)
+	defer cancel()
+	for unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+		select {
+		case <-ctx.Done():
+			return func() {}
+		case <-time.After(lockRetry):
+		}
+	}
+	return func() { _ = unix.Flock(int(dir.Fd()), unix.LOCK_UN) }
+}
+
+// Read returns all records, the first to the last. A directory that is not
+// there has none.
+func Read(directory string) ([]Entry, error) {
+	names, err := scan(directory)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot read the records of the hook: %w", err)
+	}
+	var all []Entry
+	for _, n := range names.records {
+		e := Entry{Number: n}
+		if e.Record, e.Err = read(file(directory, n, recordSuffix)); e.Err != nil {
+			e.Err = fmt.Errorf("cannot read record %d of the hook: %w", n, e.Err)
+		}
+		all = append(all, e)
+	}
+	return all, nil
+}
+
+func read(path string) (Record, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return Record{}, err
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() || info.Size() > maxRecord {
+		return Record{}, errors.Join(errors.New("it is no record"), err)
+	}
+	text, err := io.ReadAll(f)
+	if err != nil {
+		return Record{}, err
+	}
+	var r Record
+	if err := json.Unmarshal(text, &r); err != nil {
+		return Record{}, err
+	}
+	if r.Version != Version {
+		return Record{}, fmt.Errorf("it is of version %d, and %d is known", r.Version, Version)
+	}
+	return r, nil
+}
+
+// Remove takes a record away. One that is not there is none to take away.
+func Remove(directory string, number uint64) error {
+	if err := remove(directory, number); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("cannot remove record %d of the hook: %w", number, err)
+	}
+	return nil
+}
+
+func remove(directory string, number uint64) error {
+	dir, err := os.Open(directory)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	defer lock(context.Background(), dir)()
+	names, err := scan(directory)
+	if err != nil {
+		return err
+	}
+	record := file(directory, number, recordSuffix)
+	if number < names.greatest() {
+		return os.Remove(record)
+	}
+	if !slices.Contains(names.records, number) {
+		return nil
+	}
+	taken := file(directory, number, takenSuffix)
+	if err := os.Rename(record, taken); err != nil {
+		return err
+	}
+	for _, n := range names.taken {
+		_ = os.Remove(file(directory, n, takenSuffix)) // it says nothing any more
+	}
+	return os.Truncate(taken, 0)
+}
+
+// names are the numbers that are in a spool, in order.
+type names struct {
+	records, taken []uint64
+}
+
+func (n names) greatest() uint64 {
+	return max(slices.Max(append(n.records, 0)), slices.Max(append(n.taken, 0)))
+}
+
+// scan lists a spool, and removes what hooks left there that died.
+func scan(directory string) (names, error) {
+	entries, err := os.ReadDir(directory)
+	if err != nil {
+		return names{}, err
+	}
+	var found names
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), temporaryPrefix) {
+			if info, err := e.Info(); err == nil && time.Since(info.ModTime()) > temporaryAge {
+				_ = os.Remove(filepath.Join(directory, e.Name()))
+			}
+			continue
+		}
+		if n, ok := parse(e.Name(), recordSuffix); ok {
+			found.records = append(found.records, n)
+		} else if n, ok := parse(e.Name(), takenSuffix); ok {
+			found.taken = append(found.taken, n)
+		}
+	}
+	slices.Sort(found.records)
+	slices.Sort(found.taken)
+	return found, nil
+}
+
+// file is the path of a number: all have the same length, for people who list
+// the directory.
+func file(directory string, number uint64, suffix string) string {
+	return filepath.Join(directory, fmt.Sprintf("%020d%s", number, suffix))
+}
+
+func parse(name, suffix string) (uint64, bool) {
+	digits, ok := strings.CutSuffix(name, suffix)
+	n, err := strconv.ParseUint(digits, 10, 64)
+	return n, ok && err == nil && name == filepath.Base(file("", n, suffix))
+}

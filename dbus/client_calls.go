@@ -57,6 +57,13 @@ func (c *Client) Reload(ctx context.Context) error {
 	return c.manager(ctx, "Reload", []any{EncodeOptions(NoOptions{})})
 }
 
+// NotifyHook makes a daemon that runs take over what the libvirt hook has
+// recorded. One that does not run is not started: it fails with ErrNoDaemon.
+func (c *Client) NotifyHook(ctx context.Context) error {
+	manager := Ref{Kind: KindManager}
+	return c.call(ctx, manager.Path(), manager.Kind.Interface()+".NotifyHook", godbus.FlagNoAutoStart, []any{EncodeOptions(NoOptions{})})
+}
+
 // CheckRepository looks at a repository again.
 func (c *Client) CheckRepository(ctx context.Context, id string) (job string, err error) {
 	return c.job(ctx, Ref{KindRepository, id}, "Check", EncodeOptions(NoOptions{}))

@@ -52,6 +52,8 @@ func table() map[string]Action {
 		"org.virtbackup1.Manager.ListJobs":               ActionView,
 		"org.virtbackup1.Manager.EffectiveConfiguration": ActionView,
 		"org.virtbackup1.Manager.Reload":                 ActionManageDaemon,
+		// A domain's start waits for the hook: polkitd must not hold it up.
+		"org.virtbackup1.Manager.NotifyHook": ActionRoot,
 
 		"org.virtbackup1.Repository.Check":  ActionManageRepositories,
 		"org.virtbackup1.Repository.Remove": ActionManageRepositories,

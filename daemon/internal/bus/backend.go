@@ -33,6 +33,8 @@ type Backend interface {
 	EffectiveConfiguration(ctx context.Context) ([]dbus.Setting, error)
 	// Reload reads the configuration again.
 	Reload(ctx context.Context, caller Caller) error
+	// NotifyHook takes over what the libvirt hook has recorded.
+	NotifyHook(ctx context.Context) error
 }
 
 // Reader is what the Server reads properties with.

@@ -146,6 +146,8 @@ func (m *memory) EffectiveConfiguration(context.Context) ([]dbus.Setting, error)
 	return []dbus.Setting{{Key: "jobs.max", Value: "2", Source: "default"}}, nil
 }
 
+func (m *memory) NotifyHook(context.Context) error { return m.note(Caller{}, "notify hook") }
+
 func (m *memory) Reload(_ context.Context, c Caller) error { return m.note(c, "reload") }
 
 func (m *memory) CreateRepository(_ context.Context, c Caller, name, typ, path string, o dbus.CreateRepositoryOptions) (string, string, error) {

@@ -62,6 +62,7 @@ func parsers() map[string]parser {
 		"org.virtbackup1.Manager.ListJobs":               listJobs,
 		"org.virtbackup1.Manager.EffectiveConfiguration": effectiveConfiguration,
 		"org.virtbackup1.Manager.Reload":                 change("reload", reload),
+		"org.virtbackup1.Manager.NotifyHook":             notifyHook,
 
 		"org.virtbackup1.Repository.Check":  startJob("check repository", Backend.CheckRepository),
 		"org.virtbackup1.Repository.Remove": change("remove repository", Backend.RemoveRepository),
@@ -100,6 +101,12 @@ func (s *Server) done(c Caller, what string, about dbus.Ref, err error) error {
 }
 
 func reload(b Backend, ctx context.Context, c Caller, _ string) error { return b.Reload(ctx, c) }
+
+// notifyHook is called with each step of each domain: it is not logged.
+func notifyHook(_ dbus.Ref, a arguments) (request, error) {
+	run := func(ctx context.Context, s *Server, _ Caller) ([]any, error) { return nil, s.backend.NotifyHook(ctx) }
+	return request{run: run}, a.options(&dbus.NoOptions{})
+}
 
 // change is a method that takes no options yet and returns nothing.
 func change(what string, do func(Backend, context.Context, Caller, string) error) parser {

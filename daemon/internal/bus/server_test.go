@@ -102,6 +102,7 @@ func TestClientReachesEveryCallOfTheBackend(t *testing.T) {
 		t.Error(id, err)
 	}
 	ok(c.Reload(ctx))
+	ok(c.NotifyHook(ctx))
 	job(c.CheckRepository(ctx, "R1"))
 	ok(c.RemoveRepository(ctx, "R1"))
 	ok(c.UpdateOffering(ctx, "O1", dbus.UpdateOfferingOptions{Repository: &tape}))
@@ -122,7 +123,7 @@ func TestClientReachesEveryCallOfTheBackend(t *testing.T) {
 	job(c.RestoreInPlace(ctx, backupID, dbus.RestoreInPlaceOptions{Start: true}))
 	ok(c.CancelJob(ctx, jobID))
 	want := []string{
-		"create repository new dir /srv/new true", "create offering monthly nas true", "reload", "check R1",
+		"create repository new dir /srv/new true", "create offering monthly nas true", "reload", "notify hook", "check R1",
 		"remove repository R1", "update O1 to tape", "remove offering O1", "assign " + webUUID + " daily", "unassign " + webUUID,
 		"back up " + webUUID + ` offering="" repository="tape" full=true`, "finish " + webUUID, "verify chain C1", "delete chain C1 true",
 		"delete " + backupID + " true", "verify " + backupID, "restore " + backupID + " as copy [vda]",

@@ -32,17 +32,25 @@ type Planner interface {
 	Plan(ctx context.Context, r restore.Request) (restore.Plan, error)
 }
 
+// Lifecycle knows what happens to domains between two backups.
+type Lifecycle interface {
+	// Replay takes over what the libvirt hook has recorded.
+	Replay(ctx context.Context) error
+}
+
 // Deps is what a Service is made of.
 type Deps struct {
 	Catalog *catalog.Catalog
 	Jobs    *job.Engine
 	Domains Domains
 	Restore Planner
-	Config  *config.Config
-	Reload  func(ctx context.Context) (*config.Config, error) // reads the configuration again and applies what can be
-	Host    string
-	Version string
-	Log     *slog.Logger
+	// Lifecycle may be nil: then nobody takes over what the hook has recorded.
+	Lifecycle Lifecycle
+	Config    *config.Config
+	Reload    func(ctx context.Context) (*config.Config, error) // reads the configuration again and applies what can be
+	Host      string
+	Version   string
+	Log       *slog.Logger
 }
 
 // Service implements bus.Backend.
@@ -105,6 +113,14 @@ func (s *Service) Reload(ctx context.Context, caller bus.Caller) error {
 	s.mu.Unlock()
 	s.Log.Info("read the configuration again", "uid", caller.UID)
 	return nil
+}
+
+// NotifyHook takes over what the libvirt hook has recorded.
+func (s *Service) NotifyHook(ctx context.Context) error {
+	if s.Lifecycle == nil {
+		return dbus.Errorf(dbus.ErrUnavailable, "this daemon does not watch what happens to domains")
+	}
+	return s.Lifecycle.Replay(ctx)
 }
 
 // settings returns the configuration in force.

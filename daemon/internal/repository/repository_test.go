@@ -401,6 +401,34 @@ func TestManifestIsAuthentic(t *testing.T) {
 	}
 }
 
+// TestChangesInManifest reads what says how changes were found, and what was
+// written before that was said.
+func TestChangesInManifest(t *testing.T) {
+	for changes, valid := range map[string]bool{
+		"": true, ChangesCBT: true, ChangesSnapshot: true, ChangesDigest: true, "none": false, "Digest": false,
+	} {
+		m := testManifest(idB, idA)
+		m.Format, m.Repository, m.Host = Format, ID(idC), HostID(ourKey)
+		m.Disks[0].Changes = changes
+		if changes != "" {
+			m.Disks[0].ReadBytes = 1 << 20
+		}
+		b, err := m.sign(ourKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if said := bytes.Contains(b, []byte(`"changes"`)) && bytes.Contains(b, []byte(`"read_bytes"`)); said != (changes != "") {
+			t.Errorf("changes %q: written as %s", changes, b)
+		}
+		switch got, err := parseManifest(b); {
+		case (err == nil) != valid:
+			t.Errorf("changes %q: %v", changes, err)
+		case valid && got.Disks[0] != m.Disks[0]:
+			t.Errorf("changes %q: read as %+v", changes, got.Disks[0])
+		}
+	}
+}
+
 func TestCheckFindsDamage(t *testing.T) {
 	root, r := newRepository(t)
 	mustBackup(t, r, idA, "")
@@ -440,6 +468,8 @@ func TestCommitRefusesWhatDoesNotFit(t *testing.T) {
 		"other backup":  func(m *Manifest) { m.Backup = idB },
 		"parent":        func(m *Manifest) { m.Parent = idB },
 		"target":        func(m *Manifest) { m.Disks[0].Target = "../x" },
+		"changes":       func(m *Manifest) { m.Disks[0].Changes = ChangesDigest }, // the image is full
+		"read bytes":    func(m *Manifest) { m.Disks[0].ReadBytes = sizeLimit + 1 },
 	} {
 		root, r := newRepository(t)
 		c, err := r.Claim(testDomain, idA)

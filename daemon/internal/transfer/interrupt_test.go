@@ -50,7 +50,7 @@ func awaitPhase(h *host, dir, phase string) {
 	}
 }
 
-var backupPhases = []string{PhaseOpening, PhaseReady, PhaseCopying, PhaseFlushing, PhaseVerifying, PhaseCommitting}
+var backupPhases = []string{PhaseOpening, PhaseReady, PhaseCopying, PhaseFlushing, PhaseConfirming, PhaseVerifying, PhaseCommitting}
 
 // TestSignals sends SIGTERM and SIGKILL in each phase of an increment. After
 // SIGTERM nothing is left; after SIGKILL nothing is left once it is discarded.
@@ -67,6 +67,7 @@ func TestSignals(t *testing.T) {
 		for _, phase := range backupPhases {
 			id := h.id()
 			b := h.backupSpec(id, parent, parent, d)
+			b.Confirm = phase == PhaseConfirming
 			stop := h.serve(b, d)
 			dir := h.job(Spec{Operation: OperationBackup, Backup: b})
 			c := exec.Command(program, dir)
@@ -90,6 +91,8 @@ func TestSignals(t *testing.T) {
 				t.Errorf("%s in %s: exit status %v, result %+v", sig, phase, err, r.Error)
 			case resultErr == nil && r.Error != nil && r.Error.Class != ClassCancelled:
 				t.Errorf("%s in %s: %+v", sig, phase, r.Error)
+			case resultErr == nil && r.Error == nil && b.Confirm:
+				t.Errorf("%s in %s: committed all the same", sig, phase)
 			case resultErr == nil && r.Error == nil && phase != PhaseCommitting:
 				t.Logf("%s came too late for %s", sig, phase)
 			}

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 )
 
 // memoryLimit is what the worker may take, in KiB, whatever the disks' sizes.
@@ -37,6 +39,25 @@ func TestMemory(t *testing.T) {
 	h.letGo(dir)
 	checkMemory(t, program, dir)
 	stop()
+	// Every second cluster, so that the parts of extents are copied.
+	for _, d := range disks {
+		var scattered []string
+		for at := range 512 {
+			scattered = append(scattered, fmt.Sprintf("write -P 9 %d 4k", at<<17))
+		}
+		d.io(h, scattered...)
+	}
+	increment := h.backupSpec(h.id(), id, id, disks...)
+	for i := range disks {
+		increment.find(i, repository.ChangesDigest)
+	}
+	increment.Level = 22
+	stop = h.serve(increment, disks...)
+	dir = h.job(Spec{Operation: OperationBackup, Backup: increment})
+	h.letGo(dir)
+	checkMemory(t, program, dir)
+	stop()
+	id = increment.Manifest.Backup
 	s := &RestoreSpec{Backup: id}
 	for _, d := range disks {
 		s.Disks = append(s.Disks, RestoreDisk{Target: d.target, Directory: h.dir, Destination: d.target + ".restored", Format: FormatQcow2})

@@ -22,9 +22,12 @@ func TestSparseDisk(t *testing.T) {
 			one := takeSparse(h, full, full, d, 16<<10)
 			d.io(h, "write -P 8 10G 64k", "write -z 600G 64k", "write -P 9 1023G 64k")
 			three := takeSparse(h, one, full, d, 64<<10)
+			same := compareSparse(h, three, full, d, 64<<10, 0)
+			d.io(h, "write -P 7 600G 4k", "write -z 10G 64k")
+			three = compareSparse(h, same, full, d, 64<<10, 2*64<<10)
 
 			verified := h.run(Spec{Operation: OperationVerify, Backups: []string{three}})
-			if verified.Error != nil || len(verified.Backups) != 3 {
+			if verified.Error != nil || len(verified.Backups) != 5 {
 				t.Fatalf("verify: %+v", verified)
 			}
 			for _, b := range verified.Backups {
@@ -52,6 +55,24 @@ func takeSparse(h *host, parent, chain string, d disk, limit uint64) string {
 	h.Helper()
 	start := time.Now()
 	id := h.mustTake(parent, chain, d)
+	checkSparse(h, id, parent, d, limit, start)
+	return id
+}
+
+// compareSparse makes an increment by comparing, which must find so much dirty.
+func compareSparse(h *host, parent, chain string, d disk, limit, dirty uint64) string {
+	h.Helper()
+	start := time.Now()
+	id, got, _ := h.mustTakeBy(repository.ChangesDigest, parent, chain, d)
+	checkSparse(h, id, parent, d, limit, start)
+	if got.Dirty != dirty || got.Read > 1<<20 {
+		h.Errorf("%d bytes changed, counted %+v", dirty, got)
+	}
+	return id
+}
+
+func checkSparse(h *host, id, parent string, d disk, limit uint64, start time.Time) {
+	h.Helper()
 	took := time.Since(start).Round(time.Millisecond)
 	info, err := os.Stat(filepath.Join(h.repo, testDomain, id, repository.DigestName(d.target)))
 	if err != nil {
@@ -61,5 +82,4 @@ func takeSparse(h *host, parent, chain string, d disk, limit uint64) string {
 	if info.Size() > int64(limit) {
 		h.Errorf("%d bytes of digests, more than %d", info.Size(), limit)
 	}
-	return id
 }

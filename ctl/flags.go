@@ -77,6 +77,9 @@ func addSettings(cmd *cobra.Command) *settingsFlags {
 	f.Uint32Var(&s.threads, "threads", 0, "compressing threads, 0 for one per CPU")
 	f.Uint32Var(&s.chainSize, "chain-size", 0, "backups in a chain at most, 0 for no limit")
 	addChoice(cmd, &s.settings.Quiesce, "quiesce", "how the guest is quieted")
+	addChoice(cmd, &s.settings.QuiescePolicy, "quiesce-policy", "what if it cannot be: fail, or back up less consistent")
+	addChoice(cmd, &s.settings.Tracking, "tracking", "how changes are found")
+	addChoice(cmd, &s.settings.Fallback, "fallback", "what of a disk whose changes are not known: compare, or store all of it")
 	for _, name := range []string{"level", "threads", "chain-size"} {
 		complete(cmd, name, cobra.NoFileCompletions)
 	}

@@ -32,7 +32,7 @@ func TestUsageIsCheckedBeforeAnythingIsAsked(t *testing.T) {
 		"bogus", "backup", "restore X", "restore X --name a --in-place", "restore X --in-place --keep-macs",
 		"restore X --name a --keep-macs --no-nics", "repository", "repository bogus", "repository add one",
 		"repository add one /two --minimum-free lots", "offering create daily", "offering create daily --repository nas --mode odd",
-		"backup d --offering a --repository b", "backup d --level -1", "list a b", "list --since yesterday", "list --kind odd",
+		"backup d --offering a --repository b", "backup d --tracking none", "backup d --fallback cbt", "backup d --level -1", "list a b", "list --since yesterday", "list --kind odd",
 		"jobs --all --state running", "completion powershell", "status --json=long", "-H -oProxyCommand=x list", "list --bogus",
 	} {
 		status, stdout, stderr := runWith(t, strings.Fields(line)...)
@@ -164,12 +164,16 @@ func TestSettingsAreGivenOnlyWhenTheyWereSaid(t *testing.T) {
 	if got := s.given(cmd); got != (dbus.Settings{}) {
 		t.Errorf("without flags: %+v", got)
 	}
-	if err := cmd.ParseFlags([]string{"--threads=0", "--level", "3", "--compression", "zstd"}); err != nil {
+	if err := cmd.ParseFlags([]string{"--threads=0", "--level", "3", "--compression", "zstd", "--tracking=digest", "--fallback=full", "--quiesce-policy=prefer"}); err != nil {
 		t.Fatal(err)
 	}
 	got := s.given(cmd)
 	if got.Threads == nil || *got.Threads != 0 || got.CompressionLevel == nil || *got.CompressionLevel != 3 ||
 		got.Compression == nil || *got.Compression != dbus.CompressionZstd || got.ChainSize != nil || got.Mode != nil || got.Quiesce != nil {
+		t.Errorf("%+v", got)
+	}
+	if got.Tracking == nil || *got.Tracking != dbus.TrackingDigest || got.Fallback == nil || *got.Fallback != dbus.FallbackFull ||
+		got.QuiescePolicy == nil || *got.QuiescePolicy != dbus.QuiescePrefer {
 		t.Errorf("%+v", got)
 	}
 }

@@ -255,6 +255,13 @@ func chainSize(n uint32) string {
 	return strconv.FormatUint(uint64(n), 10)
 }
 
+func quiesce(o dbus.OfferingProperties) string {
+	if o.Quiesce == dbus.QuiesceNone {
+		return string(o.Quiesce)
+	}
+	return fmt.Sprintf("%s (%s)", o.Quiesce, o.QuiescePolicy)
+}
+
 func offeringPage(p *page, o dbus.OfferingProperties) {
 	threads := "one per CPU"
 	if o.Threads > 0 {
@@ -268,7 +275,9 @@ func offeringPage(p *page, o dbus.OfferingProperties) {
 		"Compression", compression(o),
 		"Threads", threads,
 		"Chain size", chainSize(o.ChainSize),
-		"Quiesce", string(o.Quiesce),
+		"Quiesce", quiesce(o),
+		"Tracking", string(o.Tracking),
+		"Fallback", string(o.Fallback),
 		"Created", moment(o.Created),
 	)
 	for _, uuid := range o.Domains {

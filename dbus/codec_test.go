@@ -16,10 +16,12 @@ type variants = map[string]godbus.Variant
 
 func TestOptionsRoundTrip(t *testing.T) {
 	mode, level, zero := ModeFull, uint32(3), uint32(0)
+	policy, tracking, fallback := QuiescePrefer, TrackingSnapshot, FallbackFull
 	since := time.UnixMicro(1_700_000_000_123_456)
 	for _, want := range []any{
 		&BackupOptions{},
 		&BackupOptions{Offering: "daily", Full: true, Settings: Settings{Mode: &mode, CompressionLevel: &level, ChainSize: &zero}},
+		&UpdateOfferingOptions{Settings: Settings{QuiescePolicy: &policy, Tracking: &tracking, Fallback: &fallback}},
 		&PlanRestoreOptions{InPlace: true, RestoreOptions: RestoreOptions{Disks: []string{"vda"}}},
 		&BackupFilter{Domain: "web", Since: &since},
 	} {
@@ -43,6 +45,7 @@ func TestOptionsAreStrict(t *testing.T) {
 		"wrong type":    {variants{"full": godbus.MakeVariant("yes")}, `option "full": its type is "s"`},
 		"signed":        {variants{"threads": godbus.MakeVariant(int32(4))}, `option "threads": its type is "i"`},
 		"not listed":    {variants{"quiesce": godbus.MakeVariant("maybe")}, `"maybe" is none of none, agent, suspend`},
+		"not asked for": {variants{"tracking": godbus.MakeVariant("none")}, `"none" is none of cbt, digest, snapshot`},
 		"nested":        {variants{"full": godbus.MakeVariant(godbus.MakeVariant(true))}, `its type is "v"`},
 	} {
 		err := DecodeOptions(c.options, new(BackupOptions))

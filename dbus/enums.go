@@ -9,6 +9,9 @@ type Compression string
 // Quiesce is how a guest is quieted for the point in time.
 type Quiesce string
 
+// QuiescePolicy is what becomes of a backup when the guest cannot be quieted.
+type QuiescePolicy string
+
 // BackupKind is whether a backup, or a disk in it, builds on a parent.
 type BackupKind string
 
@@ -20,6 +23,9 @@ type Consistency string
 
 // Tracking is how changes since the last backup are known.
 type Tracking string
+
+// Fallback is what becomes of a disk whose changes are not known.
+type Fallback string
 
 // RepositoryState is what is known of a repository.
 type RepositoryState string
@@ -49,6 +55,9 @@ const (
 	QuiesceAgent   Quiesce = "agent"
 	QuiesceSuspend Quiesce = "suspend"
 
+	QuiesceRequire QuiescePolicy = "require"
+	QuiescePrefer  QuiescePolicy = "prefer"
+
 	KindFull        BackupKind = "full"
 	KindIncremental BackupKind = "incremental"
 
@@ -59,12 +68,17 @@ const (
 
 	ConsistencyApplication Consistency = "application"
 	ConsistencyFilesystem  Consistency = "filesystem"
+	ConsistencySuspended   Consistency = "suspended"
 	ConsistencyCrash       Consistency = "crash"
+	ConsistencyOff         Consistency = "off"
 
 	TrackingCBT      Tracking = "cbt"
 	TrackingSnapshot Tracking = "snapshot"
 	TrackingDigest   Tracking = "digest"
 	TrackingNone     Tracking = "none"
+
+	FallbackDigest Fallback = "digest"
+	FallbackFull   Fallback = "full"
 
 	RepositoryUnknown     RepositoryState = "unknown"
 	RepositoryChecking    RepositoryState = "checking"
@@ -108,6 +122,16 @@ func (Compression) Values() []string { return []string{"none", "zlib", "zstd"} }
 
 // Values returns what a Quiesce can be.
 func (Quiesce) Values() []string { return []string{"none", "agent", "suspend"} }
+
+// Values returns what a QuiescePolicy can be.
+func (QuiescePolicy) Values() []string { return []string{"require", "prefer"} }
+
+// Values returns what a Tracking can be that is asked for; that of a disk can
+// also be none.
+func (Tracking) Values() []string { return []string{"cbt", "digest", "snapshot"} }
+
+// Values returns what a Fallback can be.
+func (Fallback) Values() []string { return []string{"digest", "full"} }
 
 // Values returns what a BackupKind can be.
 func (BackupKind) Values() []string { return []string{"full", "incremental"} }

@@ -8,12 +8,15 @@ type NoOptions struct{}
 // Settings are the settings of an offering, or what overrides them for one
 // backup. What is nil is left as it was, or at its default.
 type Settings struct {
-	Mode             *Mode        `dbus:"mode"`
-	Compression      *Compression `dbus:"compression"`
-	CompressionLevel *uint32      `dbus:"compression_level"`
-	Threads          *uint32      `dbus:"threads"`
-	ChainSize        *uint32      `dbus:"chain_size"`
-	Quiesce          *Quiesce     `dbus:"quiesce"`
+	Mode             *Mode          `dbus:"mode"`
+	Compression      *Compression   `dbus:"compression"`
+	CompressionLevel *uint32        `dbus:"compression_level"`
+	Threads          *uint32        `dbus:"threads"`
+	ChainSize        *uint32        `dbus:"chain_size"`
+	Quiesce          *Quiesce       `dbus:"quiesce"`
+	QuiescePolicy    *QuiescePolicy `dbus:"quiesce_policy"`
+	Tracking         *Tracking      `dbus:"tracking"`
+	Fallback         *Fallback      `dbus:"fallback"`
 }
 
 // CreateRepositoryOptions are those of Manager.CreateRepository.

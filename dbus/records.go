@@ -38,17 +38,20 @@ type RepositoryProperties struct {
 
 // OfferingProperties are those of org.virtbackup1.Offering.
 type OfferingProperties struct {
-	ID               string      `dbus:"Id"`
-	Name             string      `dbus:"Name"`
-	Repository       string      `dbus:"Repository"`
-	Mode             Mode        `dbus:"Mode"`
-	Compression      Compression `dbus:"Compression"`
-	CompressionLevel uint32      `dbus:"CompressionLevel"`
-	Threads          uint32      `dbus:"Threads"`
-	ChainSize        uint32      `dbus:"ChainSize"`
-	Quiesce          Quiesce     `dbus:"Quiesce"`
-	Domains          []string    `dbus:"Domains"`
-	Created          time.Time   `dbus:"Created"`
+	ID               string        `dbus:"Id"`
+	Name             string        `dbus:"Name"`
+	Repository       string        `dbus:"Repository"`
+	Mode             Mode          `dbus:"Mode"`
+	Compression      Compression   `dbus:"Compression"`
+	CompressionLevel uint32        `dbus:"CompressionLevel"`
+	Threads          uint32        `dbus:"Threads"`
+	ChainSize        uint32        `dbus:"ChainSize"`
+	Quiesce          Quiesce       `dbus:"Quiesce"`
+	QuiescePolicy    QuiescePolicy `dbus:"QuiescePolicy"`
+	Tracking         Tracking      `dbus:"Tracking"`
+	Fallback         Fallback      `dbus:"Fallback"`
+	Domains          []string      `dbus:"Domains"`
+	Created          time.Time     `dbus:"Created"`
 }
 
 // DomainDisk is one of DomainProperties.Disks.

@@ -133,7 +133,7 @@ func (s *Service) CreateOffering(ctx context.Context, _ bus.Caller, name, reposi
 // defaultSettings are those of an offering that says nothing.
 func defaultSettings() catalog.Settings {
 	return catalog.Settings{Mode: chain.ModeIncremental, Compression: string(dbus.CompressionNone), Quiesce: string(dbus.QuiesceNone),
-		QuiescePolicy: "require", Tracking: chain.CBT, Fallback: chain.FallbackDigest}
+		QuiescePolicy: string(dbus.QuiesceRequire), Tracking: chain.CBT, Fallback: chain.FallbackDigest}
 }
 
 // override applies what is given to settings, and checks that they fit.
@@ -158,6 +158,15 @@ func override(to catalog.Settings, o dbus.Settings) (catalog.Settings, error) {
 	}
 	if o.Quiesce != nil {
 		to.Quiesce = string(*o.Quiesce)
+	}
+	if o.QuiescePolicy != nil {
+		to.QuiescePolicy = string(*o.QuiescePolicy)
+	}
+	if o.Tracking != nil {
+		to.Tracking = chain.Tracking(*o.Tracking)
+	}
+	if o.Fallback != nil {
+		to.Fallback = chain.Fallback(*o.Fallback)
 	}
 	return to, fit(to)
 }

@@ -88,7 +88,8 @@ func (s *Service) offeringRecord(ctx context.Context, o catalog.Offering) (dbus.
 	p := dbus.OfferingProperties{
 		ID: o.ID, Name: o.Name, Repository: r.Name, Mode: dbus.Mode(o.Mode), Compression: dbus.Compression(o.Compression),
 		CompressionLevel: uint32(o.Level), Threads: uint32(o.Threads), ChainSize: uint32(o.ChainSize),
-		Quiesce: dbus.Quiesce(o.Quiesce), Created: o.Created,
+		Quiesce: dbus.Quiesce(o.Quiesce), QuiescePolicy: dbus.QuiescePolicy(o.QuiescePolicy),
+		Tracking: dbus.Tracking(o.Tracking), Fallback: dbus.Fallback(o.Fallback), Created: o.Created,
 	}
 	for _, d := range assigned {
 		p.Domains = append(p.Domains, d.UUID)

@@ -6,6 +6,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 PREFIX ?= /usr
+SYSCONFDIR ?= /etc
 DESTDIR ?=
 GO ?= go
 export HOME ?= /root
@@ -18,7 +19,7 @@ GOLANGCI_LINT := .cache/bin/golangci-lint
 GOLANGCI_LINT_VERSION := v2.5.0
 
 # Program, its package, and where it is installed. virtbackupd and its thaw watchdog link libvirt.
-PROGRAMS := virtbackupd virtbackupctl virtbackup-worker virtbackup-thaw
+PROGRAMS := virtbackupd virtbackupctl virtbackup-worker virtbackup-thaw virtbackup-hook
 virtbackupd_PACKAGE := daemon
 virtbackupd_CGO := 1
 virtbackupd_DIR := sbin
@@ -31,13 +32,19 @@ virtbackup-worker_DIR := libexec/virtbackup
 virtbackup-thaw_PACKAGE := daemon/thaw
 virtbackup-thaw_CGO := 1
 virtbackup-thaw_DIR := libexec/virtbackup
+virtbackup-hook_PACKAGE := hooks
+virtbackup-hook_CGO := 0
+virtbackup-hook_DIR := libexec/virtbackup
+# What libvirt runs: a copy, as AppArmor and SELinux let libvirt run only what
+# lies there. An admin's own qemu hook and the others in qemu.d stay.
+HOOK := $(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d/virtbackup
 BUILT := $(foreach p,$(PROGRAMS),$(if $(wildcard $($(p)_PACKAGE)/*.go),$(p)))
 
 # Packages with tests that run in the lab (build tag lab).
 LAB_PACKAGES ?= $(sort $(patsubst %/,./%,$(dir $(shell grep -rlE --include='*_test.go' '^//go:build .*\blab\b' * 2>/dev/null))))
 # Those that test the installed daemon. The others are libraries, tried in a
 # host without it: it would clear up what it finds of theirs.
-LAB_DAEMON_PACKAGES ?= $(filter ./ctl ./daemon/labtest ./systemd,$(LAB_PACKAGES))
+LAB_DAEMON_PACKAGES ?= $(filter ./ctl ./daemon/labtest ./hooks ./systemd,$(LAB_PACKAGES))
 LAB_LIBRARY_PACKAGES ?= $(filter-out $(LAB_DAEMON_PACKAGES),$(LAB_PACKAGES))
 LAB_TIMEOUT ?= 25m
 LAB_TEST = LAB_NO_BUILD=1 testdata/lab/run -- $(GO) test -tags lab -count=1 -p 1 -timeout $(LAB_TIMEOUT)
@@ -70,14 +77,18 @@ FILES := \
 	share/dbus-1/system-services:$(wildcard dbus/*.service) \
 	share/dbus-1/interfaces:$(wildcard dbus/*.xml) \
 	share/polkit-1/actions:$(wildcard policy/*.policy) \
-	$(foreach n,1 5 8,share/man/man$(n):$(wildcard ctl/*.$(n) ctl/*/*.$(n) daemon/*.$(n) daemon/*/*.$(n) systemd/*.$(n)))
+	$(foreach n,1 5 8,share/man/man$(n):$(wildcard ctl/*.$(n) ctl/*/*.$(n) daemon/*.$(n) daemon/*/*.$(n) hooks/*.$(n) systemd/*.$(n)))
 
-install: ## install what "make build" built (DESTDIR, PREFIX)
+install: ## install what "make build" built (DESTDIR, PREFIX, SYSCONFDIR)
 	@$(foreach p,$(BUILT),install -D -m 755 bin/$(p) $(DESTDIR)$(PREFIX)/$($(p)_DIR)/$(p);)
 	@for file in $(FILES); do \
 		case $$file in *:*) dir=$(DESTDIR)$(PREFIX)/$${file%%:*}; file=$${file#*:} ;; esac; \
 		[ -z "$$file" ] || install -D -m 644 "$$file" "$$dir/$${file##*/}"; \
 	done
+ifneq ($(filter virtbackup-hook,$(BUILT)),)
+	@[ -e $(HOOK) ] || echo 'Reload libvirtd (systemctl reload libvirtd): it looks for hooks when it starts and when it is reloaded.'
+	@install -D -m 755 bin/virtbackup-hook $(HOOK)
+endif
 ifneq ($(filter virtbackupctl,$(BUILT)),)
 	@install -d $(DESTDIR)$(PREFIX)/share/{bash-completion/completions,zsh/vendor-completions,fish/vendor_completions.d}
 	@bin/virtbackupctl completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/virtbackupctl

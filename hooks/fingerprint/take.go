@@ -32,11 +32,12 @@ const (
 //
 // It returns no earlier than a later change gets a stamp of its own.
 func Take(ctx context.Context, s Source) Disk {
-	w := &walk{ctx: ctx}
+	w := &walk{ctx: ctx, at: s.Path + s.Network}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		w.source(s)
+		w.finish()
 	}()
 	select {
 	case <-done:
@@ -50,20 +51,28 @@ type walk struct {
 	ctx    context.Context
 	mu     sync.Mutex
 	layers []Layer
-	at     string // what is being looked at; "" for nothing
-	ended  bool   // nothing is added any more
+	at     string // what is being looked at
+	// finished tells that all was seen in time; ended, that it does not matter
+	// any more.
+	finished, ended bool
 }
 
-// end returns what was seen. A look that is not over, or was over too late, is
-// not trusted: what it sees may be newer than who asks for it believes.
+// end returns what was seen. What was seen too late is not trusted: it may be
+// newer than who asks for it believes.
 func (w *walk) end() []Layer {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.ended = true
-	if w.at != "" {
+	if !w.finished {
 		w.layers = append(w.layers, unreadable(w.at, context.Cause(w.ctx)))
 	}
 	return w.layers
+}
+
+func (w *walk) finish() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.finished = !w.ended && w.ctx.Err() == nil
 }
 
 func (w *walk) begin(path string) {
@@ -80,7 +89,6 @@ func (w *walk) add(l Layer) bool {
 		return false
 	}
 	w.layers = append(w.layers, l)
-	w.at = ""
 	return l.Kind == KindFile || l.Kind == KindBlock
 }
 

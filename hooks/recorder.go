@@ -1,0 +1,102 @@
+package main
+
+import (
+	"context"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/virtbackup/virtbackup/dbus"
+	"github.com/virtbackup/virtbackup/hooks/fingerprint"
+	"github.com/virtbackup/virtbackup/hooks/spool"
+)
+
+const (
+	// reserve is what is left of the limit for writing the record when storage
+	// does not answer for so long.
+	reserve = 300 * time.Millisecond
+	// wakeLimit is how long a daemon that hangs may hold up one step. libvirt
+	// calls the hook up to four times to start a domain (restore, prepare,
+	// start, started): it is delayed by less than 1 s in all.
+	wakeLimit = 200 * time.Millisecond
+)
+
+// recorder writes down what the hook was called with, and wakes the daemon.
+func recorder(args []string) {
+	c, err := decode(args)
+	if err == nil {
+		err = c.record(context.Background(), os.Stdin)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "virtbackup-hook:", err)
+	}
+	// It does not matter who does not answer, the bus or the daemon.
+	time.AfterFunc(wakeLimit, func() { os.Exit(0) })
+	if err := wake(context.Background()); err != nil && !errors.Is(err, dbus.ErrNoDaemon) {
+		fmt.Fprintln(os.Stderr, "virtbackup-hook: cannot wake virtbackupd:", err)
+	}
+}
+
+// record writes the record, however late.
+func (c call) record(ctx context.Context, stdin io.Reader) error {
+	now := time.Now()
+	// What came before an error is as good as nothing, and the record says so.
+	text, _ := io.ReadAll(io.LimitReader(stdin, maxXML+1))
+	if len(text) > maxXML {
+		text = nil
+	}
+	boot, _ := os.ReadFile("/proc/sys/kernel/random/boot_id") // always there on Linux
+	r := spool.Record{
+		Version: spool.Version, Time: now.UnixMicro(), Boot: strings.TrimSpace(string(boot)), Libvirt: c.libvirt,
+		Name: c.arg(0), Operation: c.arg(1), SubOperation: c.arg(2), Extra: c.arg(3), XML: string(text),
+	}
+	var d struct {
+		XMLName xml.Name `xml:"domain"`
+		ID      int      `xml:"id,attr"`
+		UUID    string   `xml:"uuid"`
+	}
+	err := xml.Unmarshal(text, &d)
+	if err != nil {
+		err = fmt.Errorf("cannot read the definition of domain %q: %w", r.Name, err)
+	} else {
+		r.Domain, r.DomainID = strings.TrimSpace(d.UUID), d.ID
+		if r.Operation == "prepare" || r.Operation == "release" {
+			r.Disks, err = c.fingerprints(ctx, text)
+		}
+	}
+	_, written := spool.Write(ctx, c.directory, r)
+	return errors.Join(err, written)
+}
+
+// fingerprints looks at all disks at once, as long as libvirt waits. What is
+// seen later may have been changed by then.
+func (c call) fingerprints(ctx context.Context, definition []byte) ([]fingerprint.Disk, error) {
+	sources, err := fingerprint.Sources(definition)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.deadline-reserve-monotonic())
+	defer cancel()
+	disks := make([]fingerprint.Disk, len(sources))
+	var all sync.WaitGroup
+	for i, s := range sources {
+		all.Go(func() { disks[i] = fingerprint.Take(ctx, s) })
+	}
+	all.Wait()
+	return disks, nil
+}
+
+// wake makes the daemon read the spool, and waits until it has.
+func wake(ctx context.Context) error {
+	client, err := dbus.ConnectSystem(ctx)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	return client.NotifyHook(ctx)
+}

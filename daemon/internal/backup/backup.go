@@ -23,7 +23,6 @@ import (
 	"github.com/oklog/ulid/v2"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
-	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/daemon/internal/errand"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
@@ -55,7 +54,7 @@ type Hypervisor interface {
 
 // Quiescer holds guests still.
 type Quiescer interface {
-	Hold(ctx context.Context, uuid string, mode quiesce.Mode, point func(context.Context) error) (quiesce.Result, error)
+	Hold(ctx context.Context, uuid string, w quiesce.Wish, point func(context.Context) error) (quiesce.Result, error)
 	ThawLeftover(ctx context.Context) error
 }
 
@@ -71,7 +70,7 @@ type Catalog interface {
 	Checkpoints(ctx context.Context, domain string, states ...catalog.CheckpointState) ([]catalog.Checkpoint, error)
 	SetCheckpointXML(ctx context.Context, name, xml string) error
 	RemovedCheckpoint(ctx context.Context, name string) error
-	EndChain(ctx context.Context, id string, state chain.State, cause chain.Cause) error
+	DropCheckpoint(ctx context.Context, name string) error
 	Domains(ctx context.Context, offering string) ([]catalog.Domain, error)
 	Job(ctx context.Context, id string) (catalog.Job, error)
 	UnfinishedJobs(ctx context.Context) ([]catalog.Job, error)
@@ -197,7 +196,7 @@ func (r *run) start(ctx context.Context) error {
 		return err
 	}
 	if begun {
-		return r.fixed(ctx, r.Point)
+		return r.rejoin(ctx)
 	}
 	if r.job.Job().Step != "" {
 		if err := r.discardLost(ctx); err != nil {

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
-	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 )
@@ -31,7 +30,8 @@ func (r *run) finish(ctx context.Context, m *repository.Manifest) error {
 		return err
 	}
 	if err := r.commit(ctx, catalog.Commit{
-		Finished: time.UnixMicro(m.Finished), Consistency: m.Consistency, Manifest: raw, Images: r.Plan.images(m),
+		Finished: time.UnixMicro(m.Finished), Consistency: m.Consistency, Held: time.Duration(m.Held) * time.Microsecond, Shortfall: m.Shortfall,
+		Manifest: raw, Images: r.Plan.images(m),
 	}); err != nil {
 		return err
 	}
@@ -65,7 +65,7 @@ func (p Plan) images(m *repository.Manifest) []catalog.Image {
 	for _, k := range p.Disks {
 		i := p.image(k)
 		if d, ok := m.Disk(k.Target); ok {
-			i.Size, i.StoredBytes, i.DataBytes = d.Size, d.StoredBytes, d.DataBytes
+			i.Size, i.StoredBytes, i.DataBytes, i.ReadBytes = d.Size, d.StoredBytes, d.DataBytes, d.ReadBytes
 		}
 		all = append(all, i)
 	}
@@ -140,9 +140,9 @@ func (k *Kind) forget(ctx context.Context, c catalog.Checkpoint) error {
 	return k.Hypervisor.Forget(ctx, c.Domain, c.Name)
 }
 
-// breakSnapshotted ends the chains of a domain that has internal snapshots: a
-// bitmap of ours would keep it from reverting to one.
-func (k *Kind) breakSnapshotted(ctx context.Context, d hypervisor.Domain) error {
+// dropSnapshotted has the bitmaps removed of a domain that has internal
+// snapshots: they would keep it from reverting to one. Its chains go on without.
+func (k *Kind) dropSnapshotted(ctx context.Context, d hypervisor.Domain) error {
 	if !d.HasInternalSnapshots() {
 		return nil
 	}
@@ -152,7 +152,7 @@ func (k *Kind) breakSnapshotted(ctx context.Context, d hypervisor.Domain) error 
 	}
 	var failed []error
 	for _, c := range current {
-		failed = append(failed, k.Catalog.EndChain(ctx, c.Chain, chain.Broken, chain.InternalSnapshot))
+		failed = append(failed, k.Catalog.DropCheckpoint(ctx, c.Name))
 	}
 	return errors.Join(failed...)
 }

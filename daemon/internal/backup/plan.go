@@ -1,6 +1,7 @@
 package backup
 
 import (
+	"fmt"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -29,12 +30,12 @@ type Plan struct {
 	Parent     string // "" for a full backup
 	Checkpoint string // that is made at the point in time; "" for none
 	Base       string // the checkpoint whose changes are copied; "" for none
+	Mark       int64  // number of the newest mark that it takes account of
 
 	Disks      []Disk
 	Skipped    []Skipped
 	Definition string // the domain's, as XML
 	NVRAM      string // path of the variable store; "" for none
-	Paused     bool   // somebody paused the domain
 }
 
 // Disk is one disk of a Plan.
@@ -42,10 +43,14 @@ type Disk struct {
 	Target     string
 	Source     string // path; "" for a network disk
 	Format     string
-	Size       uint64 // bytes
-	SectorSize uint32 // bytes; 0 for the default
+	Size       uint64   // bytes
+	SectorSize uint32   // bytes; 0 for the default
+	Backing    []string // paths of the layers below, top first
+	Run        string   // of QEMU; "" when the domain is off
+	Node       int      // libvirt's index of the top layer in that run
 	Kind       chain.Kind
-	Cause      chain.Cause // why it is full; "" for an increment
+	Changes    chain.Tracking // how an increment's are found: CBT or Digest; "" for a full image
+	Cause      chain.Cause    // why it is not an increment by CBT; "" if it is
 	Tracking   chain.Tracking
 }
 
@@ -63,6 +68,7 @@ type facts struct {
 	last       *catalog.Head   // nil: the domain has no chain in the repository
 	bitmaps    map[string]bool // target → usable, of the last one's checkpoint
 	oldQcow2   map[string]bool // targets whose qcow2 is of version 2, which has no place for bitmaps
+	boot       string          // id of the host's
 }
 
 // newPlan decides what the backup is, or why there can be none.
@@ -71,7 +77,6 @@ func newPlan(f facts) (Plan, error) {
 		Backup: f.backup, Domain: f.domain.UUID, DomainName: f.domain.Name, Repository: f.repository,
 		Offering: f.request.Offering, Settings: f.request.Settings, Isolated: f.request.Isolated,
 		Definition: f.definition, NVRAM: f.domain.Firmware.NVRAM,
-		Paused: f.domain.State != hypervisor.StateRunning,
 	}
 	if err := checkState(f.domain); err != nil {
 		return Plan{}, err
@@ -95,9 +100,10 @@ func newPlan(f facts) (Plan, error) {
 	for i, d := range v.Disks {
 		one := Disk{
 			Target: d.Target, Source: disks[i].Source, Format: disks[i].Format, Size: wholeSectors(disks[i].Capacity),
-			SectorSize: uint32(disks[i].LogicalBlockSize), Kind: d.Kind, Cause: d.Cause, Tracking: d.Tracking,
+			SectorSize: uint32(disks[i].LogicalBlockSize), Backing: disks[i].Backing, Run: f.run(), Node: disks[i].Index,
+			Kind: d.Kind, Changes: d.Changes, Cause: d.Cause, Tracking: d.Tracking,
 		}
-		if d.Kind == chain.Incremental {
+		if d.Base != "" {
 			p.Base = d.Base
 		}
 		p.Disks = append(p.Disks, one)
@@ -121,7 +127,8 @@ func (f facts) options() chain.Options {
 func (f facts) now(disks []hypervisor.Disk) chain.Domain {
 	d := chain.Domain{InternalSnapshots: f.domain.HasInternalSnapshots()}
 	for _, k := range disks {
-		one := chain.Disk{Target: k.Target, Source: k.Source, Format: f.format(k), Size: wholeSectors(k.Capacity), Bitmap: chain.BitmapMissing}
+		one := chain.Disk{Target: k.Target, Source: k.Source, Backing: k.Backing, Format: f.format(k), Size: wholeSectors(k.Capacity),
+			Bitmap: chain.BitmapMissing, Run: f.run(), Node: k.Index}
 		if usable, known := f.bitmaps[k.Target]; known {
 			one.Bitmap = chain.BitmapInconsistent
 			if usable {
@@ -131,6 +138,15 @@ func (f facts) now(disks []hypervisor.Disk) chain.Domain {
 		d.Disks = append(d.Disks, one)
 	}
 	return d
+}
+
+// run names the run of QEMU that has the disks open; "" for none. libvirt counts
+// from one again when the host or libvirtd was restarted.
+func (f facts) run() string {
+	if !f.domain.Active {
+		return ""
+	}
+	return fmt.Sprintf("%s/%d", f.boot, f.domain.ID)
 }
 
 // oldQcow2Format is how the rules of chains are told of a qcow2 image that
@@ -159,7 +175,8 @@ func (f facts) before() *chain.Last {
 	last.Backup, last.BackupState = h.Tip.ID, h.Tip.State
 	for _, i := range h.Tip.Images {
 		format := f.format(hypervisor.Disk{Target: i.Target, Format: i.Format})
-		last.Disks = append(last.Disks, chain.LastDisk{Target: i.Target, Source: i.Source, Format: format, Size: i.Size, CBT: i.Tracking == chain.CBT})
+		last.Disks = append(last.Disks, chain.LastDisk{Target: i.Target, Source: i.Source, Backing: i.Backing, Format: format, Size: i.Size,
+			CBT: i.Tracking == chain.CBT, Run: i.Run, Node: i.Node})
 	}
 	return last
 }
@@ -282,7 +299,7 @@ func (p Plan) unchanged(d hypervisor.Domain) error {
 		return err
 	}
 	same := slices.EqualFunc(p.Disks, disks, func(a Disk, b hypervisor.Disk) bool {
-		return a.Target == b.Target && a.Source == b.Source && a.Format == b.Format && a.Size == wholeSectors(b.Capacity)
+		return a.Target == b.Target && a.Source == b.Source && a.Format == b.Format && a.Size == wholeSectors(b.Capacity) && a.Node == b.Index
 	})
 	if !same {
 		return failure.Errorf(dbus.ErrBusy, "the disks of domain %q were changed while its backup was being prepared: start the backup again", p.DomainName)

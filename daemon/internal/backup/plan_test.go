@@ -164,13 +164,14 @@ func TestSkippedDisks(t *testing.T) {
 // one is what a test wants of a planned disk.
 type one struct {
 	kind     chain.Kind
+	changes  chain.Tracking
 	cause    chain.Cause
 	tracking chain.Tracking
 }
 
 func TestPlanKinds(t *testing.T) {
 	mixed := running(disk("vda", "qcow2"), disk("vdb", "raw"))
-	full, none := chain.Full, chain.None
+	full, increment, none, digest := chain.Full, chain.Incremental, chain.None, chain.Digest
 	tests := map[string]struct {
 		facts            facts
 		change           func(*facts)
@@ -180,26 +181,39 @@ func TestPlanKinds(t *testing.T) {
 		vda, vdb         one
 	}{
 		"first": {factsOf(mixed), nil, full, chain.FirstBackup, "virtbackup-new", "",
-			one{full, chain.FirstBackup, chain.CBT}, one{full, chain.FirstBackup, none}},
+			one{full, "", chain.FirstBackup, chain.CBT}, one{full, "", chain.FirstBackup, digest}},
 		"increment": {after(mixed), nil, chain.Incremental, "", "virtbackup-new", "virtbackup-old",
-			one{chain.Incremental, "", chain.CBT}, one{full, chain.RawDisk, none}},
+			one{increment, chain.CBT, "", chain.CBT}, one{increment, digest, chain.RawDisk, digest}},
 		"isolated": {after(mixed), func(f *facts) { f.request.Isolated = true }, full, chain.Isolated, "", "",
-			one{full, chain.Isolated, none}, one{full, chain.Isolated, none}},
+			one{full, "", chain.Isolated, none}, one{full, "", chain.Isolated, none}},
 		"full mode": {after(mixed), func(f *facts) { f.request.Mode = chain.ModeFull }, full, chain.FullMode, "", "",
-			one{full, chain.FullMode, none}, one{full, chain.FullMode, none}},
+			one{full, "", chain.FullMode, none}, one{full, "", chain.FullMode, none}},
 		"full asked for": {after(mixed), func(f *facts) { f.request.Full = true }, full, chain.FullRequested, "virtbackup-new", "",
-			one{full, chain.FullRequested, chain.CBT}, one{full, chain.FullRequested, none}},
+			one{full, "", chain.FullRequested, chain.CBT}, one{full, "", chain.FullRequested, digest}},
 		"broken bitmap": {after(running(disk("vda", "qcow2"), disk("vdb", "qcow2"))), func(f *facts) { f.bitmaps["vdb"] = false },
 			chain.Incremental, "", "virtbackup-new", "virtbackup-old",
-			one{chain.Incremental, "", chain.CBT}, one{full, chain.BitmapBroken, chain.CBT}},
+			one{increment, chain.CBT, "", chain.CBT}, one{increment, digest, chain.BitmapBroken, chain.CBT}},
 		"libvirt cannot say": {after(running(disk("vda", "qcow2"), disk("vdb", "qcow2"))), func(f *facts) { f.bitmaps = nil },
-			full, chain.CheckpointMissing, "virtbackup-new", "",
-			one{full, chain.CheckpointMissing, chain.CBT}, one{full, chain.CheckpointMissing, chain.CBT}},
+			increment, "", "virtbackup-new", "",
+			one{increment, digest, chain.CheckpointMissing, chain.CBT}, one{increment, digest, chain.CheckpointMissing, chain.CBT}},
 		"internal snapshot": {after(mixed), func(f *facts) { f.domain.Snapshots = []hypervisor.Snapshot{{Name: "s", Internal: true}} },
-			full, chain.NoDiskTracked, "", "", one{full, chain.InternalSnapshot, none}, one{full, chain.RawDisk, none}},
+			increment, "", "", "", one{increment, digest, chain.InternalSnapshot, digest}, one{increment, digest, chain.RawDisk, digest}},
+		"full fallback": {after(running(disk("vda", "qcow2"), disk("vdb", "qcow2"))), func(f *facts) { f.bitmaps["vdb"], f.request.Fallback = false, chain.FallbackFull },
+			increment, "", "virtbackup-new", "virtbackup-old",
+			one{increment, chain.CBT, "", chain.CBT}, one{full, "", chain.BitmapBroken, chain.CBT}},
+		"attached anew": {after(running(disk("vda", "qcow2"), disk("vdb", "qcow2"))), func(f *facts) {
+			f.boot = "b"
+			f.domain.ID = 1
+			for i := range f.last.Tip.Images {
+				f.last.Tip.Images[i].Run, f.last.Tip.Images[i].Node = "b/1", i+1
+				f.domain.Disks[i].Index = i + 1
+			}
+			f.domain.Disks[1].Index = 7
+		}, increment, "", "virtbackup-new", "virtbackup-old",
+			one{increment, chain.CBT, "", chain.CBT}, one{increment, digest, chain.DiskReplaced, chain.CBT}},
 		"old qcow2": {after(running(disk("vda", "qcow2"), disk("vdb", "qcow2"))), func(f *facts) { f.oldQcow2 = map[string]bool{"vdb": true} },
 			chain.Incremental, "", "virtbackup-new", "virtbackup-old",
-			one{chain.Incremental, "", chain.CBT}, one{full, chain.RawDisk, none}},
+			one{increment, chain.CBT, "", chain.CBT}, one{increment, digest, chain.RawDisk, digest}},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -214,7 +228,7 @@ func TestPlanKinds(t *testing.T) {
 				t.Errorf("plan is %s (%s), checkpoint %q, base %q", p.Kind, p.Cause, p.Checkpoint, p.Base)
 			}
 			for i, want := range []one{tt.vda, tt.vdb} {
-				if got := (one{p.Disks[i].Kind, p.Disks[i].Cause, p.Disks[i].Tracking}); got != want {
+				if got := (one{p.Disks[i].Kind, p.Disks[i].Changes, p.Disks[i].Cause, p.Disks[i].Tracking}); got != want {
 					t.Errorf("disk %s is %v, want %v", p.Disks[i].Target, got, want)
 				}
 			}
@@ -235,7 +249,7 @@ func checkAgreement(t *testing.T, p Plan) {
 	var tracked []string
 	for i, k := range p.Disks {
 		d, b, m := spec.Disks[i], begin.Disks[i], spec.Manifest.Disks[i]
-		if (d.Bitmap != "") != (b.Incremental != "") || (d.Bitmap != "") != (m.Kind == "incremental") {
+		if (d.Bitmap != "") != (b.Incremental != "") || (d.Bitmap != "" || d.Compare) != (m.Kind == "incremental") || d.Bitmap != "" && d.Compare {
 			t.Errorf("disk %s: the worker reads %q, libvirt exports changes since %q, the manifest says %s", k.Target, d.Bitmap, b.Incremental, m.Kind)
 		}
 		if d.Socket != begin.Socket || d.Export != b.Export || d.Size != m.Size {
@@ -257,8 +271,8 @@ func TestPlanPaused(t *testing.T) {
 	d := running(disk("vda", "qcow2"))
 	d.State, d.StateReason = hypervisor.StatePaused, hypervisor.ReasonPausedBy
 	p, err := newPlan(factsOf(d))
-	if err != nil || !p.Paused {
-		t.Errorf("plan of a domain that somebody paused: paused %v, error %v", p.Paused, err)
+	if err != nil || len(p.Disks) == 0 {
+		t.Errorf("plan of a domain that somebody paused: %+v, error %v", p, err)
 	}
 }
 
@@ -276,11 +290,12 @@ func TestUnchanged(t *testing.T) {
 		t.Errorf("unchanged disks: %v", err)
 	}
 	for name, change := range map[string]func(*hypervisor.Domain){
-		"resized":  func(d *hypervisor.Domain) { d.Disks[0].Capacity *= 2 },
-		"replaced": func(d *hypervisor.Domain) { d.Disks[0].Source = "/images/other" },
-		"format":   func(d *hypervisor.Domain) { d.Disks[0].Format = "raw" },
-		"attached": func(d *hypervisor.Domain) { d.Disks = append(d.Disks, disk("vdc", "raw")) },
-		"detached": func(d *hypervisor.Domain) { d.Disks = d.Disks[:1] },
+		"resized":     func(d *hypervisor.Domain) { d.Disks[0].Capacity *= 2 },
+		"opened anew": func(d *hypervisor.Domain) { d.Disks[0].Index++ },
+		"replaced":    func(d *hypervisor.Domain) { d.Disks[0].Source = "/images/other" },
+		"format":      func(d *hypervisor.Domain) { d.Disks[0].Format = "raw" },
+		"attached":    func(d *hypervisor.Domain) { d.Disks = append(d.Disks, disk("vdc", "raw")) },
+		"detached":    func(d *hypervisor.Domain) { d.Disks = d.Disks[:1] },
 	} {
 		other := d
 		other.Disks = slices.Clone(d.Disks)

@@ -61,6 +61,9 @@ func (r *run) gather(ctx context.Context) (f facts, err error) {
 		return f, err
 	}
 	f.oldQcow2 = oldQcow2(f.domain)
+	if f.boot, err = bootID(); err != nil {
+		return f, err
+	}
 	head, err := r.Catalog.LatestChain(ctx, f.request.Domain, f.request.Repository)
 	if errors.Is(err, catalog.ErrNotFound) {
 		return f, nil
@@ -73,6 +76,15 @@ func (r *run) gather(ctx context.Context) (f facts, err error) {
 		f.bitmaps, err = r.bitmaps(ctx, f.domain, *head.Checkpoint)
 	}
 	return f, err
+}
+
+// bootID names the host's boot, random(4).
+func bootID() (string, error) {
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", fmt.Errorf("cannot tell the host's boot: %w", err)
+	}
+	return strings.TrimSpace(string(id)), nil
 }
 
 // lookup finds the domain, without the backup job that a dead job of ours may
@@ -159,17 +171,18 @@ func (r *run) tell(ctx context.Context, d hypervisor.Domain) {
 	var disks []string
 	for _, k := range p.Disks {
 		one := k.Target
-		if p.Kind == chain.Incremental && k.Cause != "" {
+		switch {
+		case p.Kind != chain.Incremental:
+		case k.Kind == chain.Full:
 			one += " full (" + string(k.Cause) + ")"
+		case k.Cause != "":
+			one += " compared (" + string(k.Cause) + ")"
 		}
 		disks = append(disks, one)
 	}
 	r.job.Log(ctx, slog.LevelInfo, fmt.Sprintf("%s backup of domain %q, disks: %s", what, p.DomainName, strings.Join(disks, ", ")))
 	for _, s := range p.Skipped {
 		r.job.Log(ctx, slog.LevelInfo, fmt.Sprintf("disk %s is left out: %s", s.Target, s.Why))
-	}
-	if p.Paused {
-		r.job.Log(ctx, slog.LevelInfo, fmt.Sprintf("the domain is %s: it cannot be quiesced, the backup is crash consistent", d.State))
 	}
 	if d.TPM {
 		r.job.Log(ctx, slog.LevelWarn, "the state of the domain's TPM is not part of the backup")
@@ -191,7 +204,7 @@ func (r *run) recheck(ctx context.Context) error {
 // row is the plan as the catalog records it.
 func (p Plan) row(job string, created time.Time) catalog.Backup {
 	b := catalog.Backup{
-		ID: p.Backup, Domain: p.Domain, DomainName: p.DomainName, Chain: p.Chain, Parent: p.Parent, Repository: p.Repository.ID,
+		ID: p.Backup, Mark: p.Mark, Domain: p.Domain, DomainName: p.DomainName, Chain: p.Chain, Parent: p.Parent, Repository: p.Repository.ID,
 		Job: job, Kind: p.Kind, State: chain.Running, Cause: p.Cause, Isolated: p.Isolated, Created: created,
 		Offering: p.Offering, Settings: p.Settings,
 	}
@@ -203,5 +216,8 @@ func (p Plan) row(job string, created time.Time) catalog.Backup {
 }
 
 func (p Plan) image(k Disk) catalog.Image {
-	return catalog.Image{Target: k.Target, Kind: k.Kind, Tracking: k.Tracking, Cause: k.Cause, Source: k.Source, Format: k.Format, Size: k.Size}
+	return catalog.Image{
+		Target: k.Target, Kind: k.Kind, Tracking: k.Tracking, Changes: k.Changes, Cause: k.Cause,
+		Source: k.Source, Format: k.Format, Size: k.Size, Backing: k.Backing, Run: k.Run, Node: k.Node,
+	}
 }

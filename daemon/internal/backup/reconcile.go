@@ -121,7 +121,7 @@ func (k *Kind) reconcileDomain(ctx context.Context, uuid string) error {
 			return err
 		}
 	}
-	return errors.Join(k.breakSnapshotted(limited, d), k.tidy(ctx, uuid))
+	return errors.Join(k.dropSnapshotted(limited, d), k.tidy(ctx, uuid))
 }
 
 // removeFiles removes scratch images and sockets of backups that are not running.

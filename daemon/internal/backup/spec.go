@@ -39,8 +39,11 @@ func (p Plan) backupSpec(version string) *transfer.BackupSpec {
 	}
 	for _, k := range p.Disks {
 		one := transfer.BackupDisk{Target: k.Target, Socket: p.socket(), Export: k.Target, Size: k.Size}
-		if k.Kind == chain.Incremental {
+		switch k.Changes {
+		case chain.CBT:
 			one.Bitmap = exportedBitmap(k.Target)
+		case chain.Digest:
+			one.Compare = true
 		}
 		b.Disks = append(b.Disks, one)
 	}
@@ -82,7 +85,7 @@ func (p Plan) begin(scratchDirectory string) hypervisor.Begin {
 	b := hypervisor.Begin{Socket: p.socket(), Checkpoint: p.Checkpoint}
 	for _, k := range p.Disks {
 		one := hypervisor.BeginDisk{Target: k.Target, Scratch: p.scratch(scratchDirectory, k.Target), Export: k.Target}
-		if k.Kind == chain.Incremental {
+		if k.Changes == chain.CBT {
 			one.Incremental = p.Base
 		}
 		b.Disks = append(b.Disks, one)

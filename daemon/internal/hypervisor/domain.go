@@ -30,6 +30,7 @@ const (
 // Domain is what libvirt knows of a domain at one moment.
 type Domain struct {
 	UUID, Name     string
+	ID             int // of an active domain: libvirt counts its starts; 0 = off
 	Persistent     bool
 	Active         bool // it has a QEMU process
 	State          string
@@ -61,6 +62,7 @@ type Disk struct {
 	Capacity         uint64   // bytes; 0 when libvirt could not tell
 	Allocation       uint64   // bytes
 	LogicalBlockSize uint     // bytes; 0 = the default (512)
+	Index            int      // of the top image, which libvirt numbers each time QEMU opens one; 0 = unknown, as in a domain that is off
 	Backing          []string // paths of the images below the top one, top first; known for active domains only
 }
 
@@ -230,6 +232,9 @@ func definedAs(c *libvirt.Connect, d *libvirt.Domain) (Domain, error) {
 		return Domain{}, fmt.Errorf("cannot parse the domain's definition: %w", err)
 	}
 	out := Domain{XML: doc, Name: def.Name, UUID: def.UUID, Firmware: firmware(&def)}
+	if def.ID != nil {
+		out.ID = *def.ID
+	}
 	if out.State, out.StateReason, err = state(d); err != nil {
 		return Domain{}, err
 	}
@@ -316,6 +321,7 @@ func describeDisk(c *libvirt.Connect, x *libvirtxml.DomainDisk) Disk {
 	if x.Source != nil {
 		k.Encrypted = k.Encrypted || x.Source.Encryption != nil
 		k.SourceType, k.Source = source(c, x.Source)
+		k.Index = int(x.Source.Index)
 	}
 	if k.SourceType == "" {
 		return k

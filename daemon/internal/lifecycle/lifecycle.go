@@ -1,0 +1,286 @@
+// Package lifecycle knows what happens to the disks of domains between two
+// backups, where no dirty bitmap sees it: it takes over what libvirt's hook
+// recorded, looks at domains, and leaves a mark in the catalog for each disk
+// that changed unseen, or may have. A bitmap that was begun before the mark is
+// not used any more.
+//
+// What follows from what is pure, in machine.go. When in doubt there is a mark:
+// it costs a read, and a change that was overlooked costs a machine.
+//
+// What cannot be seen: a disk that is written to in the milliseconds from when
+// QEMU closed it until the hook looks at it, and one that somebody writes to
+// while virtbackup itself changes it (OwnWork).
+package lifecycle
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/hooks/fingerprint"
+	"github.com/virtbackup/virtbackup/hooks/spool"
+)
+
+// Domains is what a Keeper asks libvirt.
+type Domains interface {
+	ByUUID(ctx context.Context, uuid string) (hypervisor.Domain, error)
+}
+
+// Deps is what a Keeper is made of.
+type Deps struct {
+	Catalog        *catalog.Catalog
+	Domains        Domains
+	SpoolDirectory string // of the hook, spool.Directory
+	HookPath       string // of the hook as libvirt calls it
+	Log            *slog.Logger
+}
+
+// Keeper keeps what is known of all domains. Its methods may be called at the
+// same time; they wait for each other.
+type Keeper struct {
+	Deps
+	mu sync.Mutex
+}
+
+// New makes a Keeper.
+func New(d Deps) *Keeper { return &Keeper{Deps: d} }
+
+// entry is what the catalog has of a domain.
+type entry struct {
+	Known
+	// Record and Told are the number and the time, in µs since the epoch, of the
+	// last record of the hook that went into it.
+	Record uint64 `json:"record,omitempty"`
+	Told   int64  `json:"told,omitempty"`
+	// Libvirt is who called the hook then.
+	Libvirt string `json:"libvirt,omitempty"`
+}
+
+func (k *Keeper) load(ctx context.Context, domain string) (e entry, err error) {
+	text, err := k.Catalog.Tracking(ctx, domain)
+	if err != nil || text == nil {
+		return e, err
+	}
+	if err := json.Unmarshal(text, &e); err != nil {
+		k.Log.Warn("cannot read what was known of a domain; its disks count as changed", "domain", domain, "error", err)
+		return entry{}, nil
+	}
+	return e, nil
+}
+
+// save records what is known now, and marks for what was found, at once.
+func (k *Keeper) save(ctx context.Context, domain string, e entry, found []Finding, at time.Time) error {
+	text, err := json.Marshal(e)
+	if err != nil {
+		return fmt.Errorf("cannot record what is known of domain %s: %w", domain, err)
+	}
+	var marks []catalog.Mark
+	for _, f := range found {
+		marks = append(marks, catalog.Mark{Target: f.Target, Cause: f.Cause, Detail: f.Detail, Time: at})
+		k.Log.Info("a disk may have changed unseen", "domain", domain, "target", cmp.Or(f.Target, "all"), "cause", f.Cause, "detail", f.Detail)
+	}
+	return k.Catalog.SetTracking(ctx, domain, text, marks)
+}
+
+// Replay takes all that the hook recorded into the catalog. It asks nothing of
+// libvirt, so the hook may wait for it.
+func (k *Keeper) Replay(ctx context.Context) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.replay(ctx)
+}
+
+// replay takes one record after the other, and goes to the next only when the
+// one before is gone: then no more than one can be there that was taken already.
+func (k *Keeper) replay(ctx context.Context) error {
+	records, err := spool.Read(k.SpoolDirectory)
+	if err != nil {
+		return err
+	}
+	for _, r := range records {
+		if err := k.take(ctx, r); err != nil {
+			return err
+		}
+		if err := spool.Remove(k.SpoolDirectory, r.Number); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (k *Keeper) take(ctx context.Context, r spool.Entry) error {
+	if r.Err != nil || r.Record.Domain == "" {
+		k.Log.Warn("a record of the hook cannot be read; the disks of all domains count as changed", "number", r.Number, "error", r.Err)
+		return k.forgetAll(ctx)
+	}
+	e, err := k.load(ctx, r.Record.Domain)
+	if err != nil || e.Record == r.Number && e.Told == r.Record.Time {
+		return err
+	}
+	k.Log.Debug("the hook told of a domain", "domain", r.Record.Name, "operation", r.Record.Operation, "number", r.Number)
+	var found []Finding
+	e.Known, found = Next(e.Known, r.Record)
+	e.Record, e.Told, e.Libvirt = r.Number, r.Record.Time, r.Record.Libvirt
+	return k.save(ctx, r.Record.Domain, e, found, time.UnixMicro(r.Record.Time))
+}
+
+// forgetAll makes everything unknown, so that the next word of each domain
+// leaves marks.
+func (k *Keeper) forgetAll(ctx context.Context) error {
+	all, err := k.Catalog.TrackedDomains(ctx)
+	if err != nil {
+		return err
+	}
+	for _, domain := range all {
+		e, err := k.load(ctx, domain)
+		if err != nil {
+			return err
+		}
+		e.Known = Known{}
+		if err := k.save(ctx, domain, e, nil, time.Now()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Observe takes what the hook recorded, and looks at a domain that was just
+// looked up. It returns the number of the newest mark of all, and the newest
+// mark of each disk of this domain ("" for all disks); see Unseen. What a disk
+// held from then on is watched until the domain stops or is looked at again.
+func (k *Keeper) Observe(ctx context.Context, d hypervisor.Domain) (number int64, newest []catalog.Mark, err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if _, err := k.observe(ctx, d); err != nil {
+		return 0, nil, err
+	}
+	marks, err := k.Catalog.Marks(ctx, d.UUID, 0)
+	if err != nil {
+		return 0, nil, err
+	}
+	number, err = k.Catalog.LastMark(ctx)
+	return number, newestOfEach(marks), err
+}
+
+func newestOfEach(marks []catalog.Mark) []catalog.Mark {
+	var newest []catalog.Mark
+	for _, m := range slices.Backward(marks) {
+		if !slices.ContainsFunc(newest, func(n catalog.Mark) bool { return n.Target == m.Target }) {
+			newest = append(newest, m)
+		}
+	}
+	return newest
+}
+
+// Unseen returns the newest mark of a disk with a number greater than after,
+// out of marks as Observe returns them; false: the disk was watched.
+func Unseen(marks []catalog.Mark, target string, after int64) (newest catalog.Mark, ok bool) {
+	for _, m := range marks {
+		if (m.Target == "" || m.Target == target) && m.Number > max(after, newest.Number) {
+			newest, ok = m, true
+		}
+	}
+	return newest, ok
+}
+
+// lookAgain is how often a domain is looked up again when it is not what the
+// hook told last: it may just be starting or stopping.
+const lookAgain = 3
+
+func (k *Keeper) observe(ctx context.Context, d hypervisor.Domain) (entry, error) {
+	for try := 0; ; try++ {
+		if err := k.replay(ctx); err != nil {
+			return entry{}, err
+		}
+		e, err := k.load(ctx, d.UUID)
+		if err != nil {
+			return e, err
+		}
+		if e.Phase != Unknown && d.Active != (e.Phase == Running) && try < lookAgain {
+			if d, err = k.Domains.ByUUID(ctx, d.UUID); err != nil {
+				return e, err
+			}
+			continue
+		}
+		o, err := k.look(ctx, d)
+		if err != nil {
+			return e, err
+		}
+		before := e.Known
+		var found []Finding
+		e.Known, found = Observed(before, o)
+		return e, k.save(ctx, d.UUID, e, found, time.Now())
+	}
+}
+
+// OwnWork runs fn, which changes images of a domain that is off, and takes what
+// they are afterwards for known. What changed before leaves marks, and so does
+// a start meanwhile. The error is fn's, or that of what is around it.
+func (k *Keeper) OwnWork(ctx context.Context, d hypervisor.Domain, fn func() error) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	e, err := k.observe(ctx, d)
+	if err != nil {
+		return err
+	}
+	if e.Phase != Off {
+		return fmt.Errorf("cannot work on the disks of domain %s: it was started", d.Name)
+	}
+	failed := fn()
+	o, err := k.look(ctx, d)
+	if err != nil {
+		return cmp.Or(failed, err)
+	}
+	records, err := spool.Read(k.SpoolDirectory)
+	if err != nil {
+		return cmp.Or(failed, err)
+	}
+	// What is in the spool was seen before what is known now: it has to be
+	// compared with what was known before.
+	if slices.ContainsFunc(records, func(r spool.Entry) bool { return r.Err != nil || r.Record.Domain == "" || r.Record.Domain == d.UUID }) {
+		return failed
+	}
+	e.Known = Known{Phase: Off, Disks: o.Disks}
+	return cmp.Or(failed, k.save(ctx, d.UUID, e, nil, time.Now()))
+}
+
+// takeLimit bounds how long storage may take to answer.
+const takeLimit = 10 * time.Second
+
+// look sees a domain as it is now.
+func (k *Keeper) look(ctx context.Context, d hypervisor.Domain) (Observation, error) {
+	boot, err := bootID()
+	if err != nil {
+		return Observation{}, err
+	}
+	o := Observation{Active: d.Active, Run: Run{Boot: boot}}
+	if d.Active {
+		definition, err := parse(d.XML)
+		if err != nil {
+			return o, fmt.Errorf("cannot read the definition of domain %s: %w", d.Name, err)
+		}
+		o.Run.ID, o.Run.Process, o.Nodes = definition.ID, qemuProcess(d.Name), definition.nodes()
+		return o, nil
+	}
+	sources, err := fingerprint.Sources([]byte(d.XML))
+	if err != nil {
+		return o, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, takeLimit)
+	defer cancel()
+	o.Disks = make([]fingerprint.Disk, len(sources))
+	var all sync.WaitGroup
+	for i, s := range sources {
+		all.Go(func() { o.Disks[i] = fingerprint.Take(ctx, s) })
+	}
+	all.Wait()
+	return o, nil
+}
+

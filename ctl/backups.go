@@ -209,8 +209,8 @@ func backupPage(p *page, b dbus.BackupProperties) {
 		"Created", moment(b.Created),
 		"Finished", moment(b.Finished),
 		"Kind", backupKind(b),
-		"Causes", strings.Join(b.Causes, "; "),
-		"Consistency", fmt.Sprintf("%s (quiesce %s)", b.Consistency, b.Quiesce),
+		"Cause", backupCause(b),
+		"Consistency", consistency(b),
 		"Repository", b.Repository,
 		"Offering", b.Offering,
 		"Chain", b.Chain,
@@ -218,7 +218,7 @@ func backupPage(p *page, b dbus.BackupProperties) {
 		"Children", strings.Join(b.Children, " "),
 		"Compression", string(b.Compression),
 		"Size", size(b.SizeBytes),
-		"Data read", size(b.DataBytes),
+		"Read", size(b.ReadBytes),
 		"Stored", size(b.StoredBytes),
 		"Verified", verified,
 		"Made by", fmt.Sprintf("virtbackup %s on %s", b.Version, b.Host),
@@ -226,9 +226,34 @@ func backupPage(p *page, b dbus.BackupProperties) {
 	var rows [][]string
 	for _, d := range b.Disks {
 		rows = append(rows, []string{
-			d.Target, string(d.Kind), string(d.Tracking), size(d.Size), size(d.DataBytes), size(d.StoredBytes), d.File, d.Cause,
+			d.Target, string(d.Kind), string(d.Changes), size(d.Size), size(d.ReadBytes), size(d.StoredBytes), d.File, dbus.CauseText(d.Cause),
 		})
 	}
 	p.line("")
-	p.table([]string{"DISK", "KIND", "TRACKING", ">SIZE", ">DATA", ">STORED", "FILE", "CAUSE"}, rows)
+	p.table([]string{"DISK", "KIND", "CHANGES", ">SIZE", ">READ", ">STORED", "FILE", "CAUSE"}, rows)
+}
+
+// backupCause says why a backup is full. What else Causes has is of its disks.
+func backupCause(b dbus.BackupProperties) string {
+	if len(b.Causes) == 0 || strings.Contains(b.Causes[0], ": ") {
+		return ""
+	}
+	return dbus.CauseText(b.Causes[0])
+}
+
+// consistency says what the point in time is worth, and what it cost.
+func consistency(b dbus.BackupProperties) string {
+	text := string(b.Consistency)
+	switch {
+	case b.Consistency == dbus.ConsistencyOff:
+		return "off: the domain was shut off"
+	case b.Shortfall != "":
+		text = fmt.Sprintf("asked for %s, got %s: %s", b.Quiesce, b.Consistency, b.Shortfall)
+	case b.Quiesce != dbus.QuiesceNone:
+		text += fmt.Sprintf(" (asked for %s)", b.Quiesce)
+	}
+	if b.HeldUsec > 0 {
+		text += ", held " + brief(time.Duration(b.HeldUsec)*time.Microsecond)
+	}
+	return text
 }

@@ -124,7 +124,7 @@ func (a *app) outcome(ctx context.Context, c *dbus.Client, job dbus.JobPropertie
 	case dbus.OperationBackup:
 		// The job is done, whatever can still be read of its backup.
 		if b, err := dbus.Get[dbus.BackupProperties](ctx, c, job.Backup); err == nil {
-			a.say("%s: %s backup %s, %s read, %s stored, in %s", title(job), b.Kind, b.ID, size(b.DataBytes), size(b.StoredBytes), took)
+			a.say("%s: %s backup %s, %s read, %s stored, in %s", title(job), b.Kind, b.ID, size(b.ReadBytes), size(b.StoredBytes), took)
 			return nil
 		}
 		a.say("%s: backup %s, in %s", title(job), job.Backup, took)

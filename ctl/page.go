@@ -198,6 +198,14 @@ func span(d time.Duration) string {
 	return fmt.Sprintf("%d h %02d min", int(d.Hours()), int(d.Minutes())%60)
 }
 
+// brief returns how long something took that should be short.
+func brief(d time.Duration) string {
+	if d < time.Second {
+		return fmt.Sprintf("%d ms", (d + time.Millisecond - 1).Milliseconds())
+	}
+	return elapsed(d)
+}
+
 // elapsed returns how long something took: what was short, to the tenth.
 func elapsed(d time.Duration) string {
 	if d < 10*time.Second {

@@ -104,7 +104,9 @@ type BackupDisk struct {
 	Size        uint64     `dbus:"size"`
 	StoredBytes uint64     `dbus:"stored_bytes"`
 	DataBytes   uint64     `dbus:"data_bytes"`
+	ReadBytes   uint64     `dbus:"read_bytes"`
 	Kind        BackupKind `dbus:"kind"`
+	Changes     Tracking   `dbus:"changes"`
 	Tracking    Tracking   `dbus:"tracking"`
 	Cause       string     `dbus:"cause"`
 }
@@ -123,11 +125,14 @@ type BackupProperties struct {
 	State       BackupState  `dbus:"State"`
 	Consistency Consistency  `dbus:"Consistency"`
 	Quiesce     Quiesce      `dbus:"Quiesce"`
+	Shortfall   string       `dbus:"Shortfall"`
+	HeldUsec    uint64       `dbus:"HeldUsec"`
 	Created     time.Time    `dbus:"Created"`
 	Finished    time.Time    `dbus:"Finished"`
 	SizeBytes   uint64       `dbus:"SizeBytes"`
 	StoredBytes uint64       `dbus:"StoredBytes"`
 	DataBytes   uint64       `dbus:"DataBytes"`
+	ReadBytes   uint64       `dbus:"ReadBytes"`
 	Compression Compression  `dbus:"Compression"`
 	Causes      []string     `dbus:"Causes"`
 	Host        string       `dbus:"Host"`

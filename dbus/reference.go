@@ -32,6 +32,10 @@ func Reference() (string, error) {
 			fmt.Fprintf(&b, "| `%s` | `%s` | %s |\n", p.Name, p.Type, doc(p.Annotations))
 		}
 	}
+	b.WriteString("\n## Causes\n\nWhy a disk, or a whole backup, is no increment by a bitmap, why a chain ended, or what was seen of a disk. More may come.\n\n| cause | |\n| --- | --- |\n")
+	for _, c := range causes() {
+		fmt.Fprintf(&b, "| `%s` | %s |\n", c.word, c.text)
+	}
 	return b.String(), nil
 }
 

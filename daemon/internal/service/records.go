@@ -143,6 +143,7 @@ func (s *Service) backupRecord(ctx context.Context, b catalog.Backup) (dbus.Back
 		State: dbus.BackupState(b.State), Consistency: dbus.Consistency(b.Consistency), Quiesce: dbus.Quiesce(b.Quiesce),
 		Created: b.Created, Finished: b.Finished, SizeBytes: b.Size, StoredBytes: b.StoredBytes, DataBytes: b.DataBytes,
 		Compression: dbus.Compression(b.Compression), Verified: b.Verified,
+		HeldUsec: uint64(b.Held.Microseconds()), Shortfall: b.Shortfall,
 	}
 	if b.Cause != "" {
 		p.Causes = append(p.Causes, string(b.Cause))
@@ -150,8 +151,10 @@ func (s *Service) backupRecord(ctx context.Context, b catalog.Backup) (dbus.Back
 	for _, i := range b.Images {
 		p.Disks = append(p.Disks, dbus.BackupDisk{
 			Target: i.Target, File: i.Target + ".qcow2", Format: i.Format, Size: i.Size, StoredBytes: i.StoredBytes,
-			DataBytes: i.DataBytes, Kind: dbus.BackupKind(i.Kind), Tracking: dbus.Tracking(i.Tracking), Cause: string(i.Cause),
+			DataBytes: i.DataBytes, ReadBytes: i.ReadBytes, Kind: dbus.BackupKind(i.Kind), Changes: dbus.Tracking(i.Changes),
+			Tracking: dbus.Tracking(i.Tracking), Cause: string(i.Cause),
 		})
+		p.ReadBytes += i.ReadBytes
 		if i.Cause != "" && i.Cause != b.Cause {
 			p.Causes = append(p.Causes, i.Target+": "+string(i.Cause))
 		}

@@ -3,6 +3,7 @@ package backup
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"slices"
 	"time"
@@ -18,45 +19,59 @@ import (
 // begin fixes the point in time of all disks. The guest is held no longer than
 // libvirt takes to begin the backup: everything else is ready.
 func (r *run) begin(ctx context.Context) error {
-	// What is known of the point when nobody is left to say more: whether the
-	// guest was held still at that moment is not.
+	// What is known of the point when nobody is left to say more.
 	r.Point = transfer.Go{Created: time.Now().UnixMicro(), Consistency: string(quiesce.Crash), Thawed: true}
+	if r.quiesces() {
+		r.Point.Shortfall = "virtbackupd ended at the point in time, and whether the guest was held still is not known"
+	}
 	if err := r.job.Step(ctx, stepBegin, r.stepData); err != nil {
 		return err
 	}
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	mode := quiesce.Mode(r.Plan.Quiesce)
-	if r.Plan.Paused {
-		mode = quiesce.None // nobody in there could answer
-	}
-	at, held, err := r.hold(ctx, mode)
+	at, held, err := r.hold(ctx)
 	switch {
 	case ctx.Err() != nil:
 		return errors.Join(context.Cause(ctx), err)
 	case errors.Is(err, quiesce.ErrHold):
-		return failure.Errorf(dbus.ErrUnavailable, "cannot quiesce domain %q (%s), see to its guest agent or back it up with quiesce=none: %w", r.Plan.DomainName, mode, err)
+		return failure.Errorf(dbus.ErrUnavailable, "cannot quiesce domain %q (%s), see to its guest agent, or back it up with quiesce=none or the policy prefer: %w",
+			r.Plan.DomainName, r.Plan.Quiesce, err)
 	case err != nil:
 		return err
 	}
-	if mode == quiesce.Agent && held.Consistency != quiesce.Filesystem {
-		r.job.Log(ctx, slog.LevelWarn, "the guest was not frozen at the point in time, because it has no filesystem to freeze or was thawed meanwhile: the backup is crash consistent")
+	if held.Shortfall != "" {
+		r.job.Log(ctx, slog.LevelWarn, fmt.Sprintf("the backup is %s consistent only: %s", held.Consistency, held.Shortfall))
 	}
 	if !held.Thawed {
 		r.job.Log(ctx, slog.LevelError, "the guest is not known to be thawed yet: the watchdog goes on trying")
 	}
-	return r.fixed(ctx, transfer.Go{Created: at.UnixMicro(), Consistency: string(held.Consistency), Thawed: held.Thawed})
+	return r.fixed(ctx, transfer.Go{Created: at.UnixMicro(), Consistency: string(held.Consistency), Thawed: held.Thawed,
+		Held: held.Held.Microseconds(), Shortfall: held.Shortfall})
 }
 
+// quiesces tells whether the guest is to be held still.
+func (r *run) quiesces() bool { return r.Plan.Quiesce != string(quiesce.None) }
+
 // hold holds the guest still while libvirt begins the backup.
-func (r *run) hold(ctx context.Context, mode quiesce.Mode) (at time.Time, held quiesce.Result, err error) {
-	held, err = r.Quiescer.Hold(ctx, r.Plan.Domain, mode, func(ctx context.Context) error {
+func (r *run) hold(ctx context.Context) (at time.Time, held quiesce.Result, err error) {
+	w := quiesce.Wish{Mode: quiesce.Mode(r.Plan.Quiesce), Policy: quiesce.Policy(r.Plan.QuiescePolicy)}
+	held, err = r.Quiescer.Hold(ctx, r.Plan.Domain, w, func(ctx context.Context) error {
 		err := r.Hypervisor.BeginBackup(ctx, r.Plan.Domain, r.Plan.begin(r.Settings().ScratchDirectory))
 		at = time.Now()
 		return err
 	})
 	return at, held, err
+}
+
+// rejoin goes on with a point in time that libvirt fixed while virtbackupd was
+// restarted, if one of which less is known is good enough.
+func (r *run) rejoin(ctx context.Context) error {
+	if r.quiesces() && r.Plan.QuiescePolicy != string(quiesce.Prefer) {
+		return failure.Errorf(dbus.ErrFailed, "cannot quiesce domain %q (%s) as is required: %s: start the backup again",
+			r.Plan.DomainName, r.Plan.Quiesce, r.Point.Shortfall)
+	}
+	return r.fixed(ctx, r.Point)
 }
 
 // beginPoll is how often libvirt is asked what became of a call whose caller

@@ -54,10 +54,11 @@ func (h *Hypervisor) withAgent(ctx context.Context, uuid, op string, fn func(*li
 // agentError marks the errors of a domain that has no agent configured, and
 // what the agent itself refuses, which libvirt calls an internal error.
 func agentError(err error) error {
-	for _, code := range []libvirt.ErrorNumber{libvirt.ERR_ARGUMENT_UNSUPPORTED, libvirt.ERR_CONFIG_UNSUPPORTED, libvirt.ERR_INTERNAL_ERROR} {
-		if isCode(err, code) {
-			return fmt.Errorf("%w: %s", ErrAgent, err.Error())
-		}
+	switch {
+	case isCode(err, libvirt.ERR_ARGUMENT_UNSUPPORTED), isCode(err, libvirt.ERR_CONFIG_UNSUPPORTED):
+		return fmt.Errorf("%w: %s", ErrNoAgent, err.Error())
+	case isCode(err, libvirt.ERR_INTERNAL_ERROR):
+		return fmt.Errorf("%w: %s", ErrAgent, err.Error())
 	}
 	return err
 }

@@ -37,6 +37,10 @@ var (
 	ErrCheckpointBroken = errors.New("the checkpoint's bitmap is missing or inconsistent")
 	// ErrAgent says that the guest agent is missing, does not answer, or refused.
 	ErrAgent = errors.New("the guest agent did not do it")
+	// ErrNoAgent is the ErrAgent of a domain that has none in its definition.
+	ErrNoAgent = fmt.Errorf("%w: none is configured", ErrAgent)
+	// ErrAgentSilent is the ErrAgent of one that does not answer.
+	ErrAgentSilent = fmt.Errorf("%w: it does not answer", ErrAgent)
 	// ErrForeignJob says that a backup job is active that is not ours.
 	ErrForeignJob = errors.New("a backup job that virtbackup did not start is active")
 	// ErrUnavailable says that libvirt could not be reached, or did not answer in time.
@@ -139,9 +143,9 @@ func classify(err error) error {
 		libvirt.ERR_NO_DOMAIN:               ErrNoDomain,
 		libvirt.ERR_NO_DOMAIN_CHECKPOINT:    ErrNoCheckpoint,
 		libvirt.ERR_CHECKPOINT_INCONSISTENT: ErrCheckpointBroken,
-		libvirt.ERR_AGENT_UNRESPONSIVE:      ErrAgent,
-		libvirt.ERR_AGENT_UNSYNCED:          ErrAgent,
-		libvirt.ERR_AGENT_COMMAND_TIMEOUT:   ErrAgent,
+		libvirt.ERR_AGENT_UNRESPONSIVE:      ErrAgentSilent,
+		libvirt.ERR_AGENT_UNSYNCED:          ErrAgentSilent,
+		libvirt.ERR_AGENT_COMMAND_TIMEOUT:   ErrAgentSilent,
 		libvirt.ERR_AGENT_COMMAND_FAILED:    ErrAgent,
 		libvirt.ERR_NO_CONNECT:              ErrUnavailable,
 		libvirt.ERR_RPC:                     ErrUnavailable,

@@ -103,7 +103,7 @@ func die(at string) {
 	}
 	watchdog := mortalWatchdog{ThawUnit{Program: os.Getenv("QUIESCE_THAW"), URI: uri}, m}
 	q := New(m, watchdog, Options{Directory: os.Getenv("QUIESCE_MARKERS"), Log: log})
-	_, err = q.Hold(context.Background(), os.Getenv("QUIESCE_UUID"), mode, func(context.Context) error {
+	_, err = q.Hold(context.Background(), os.Getenv("QUIESCE_UUID"), as(mode), func(context.Context) error {
 		m.dies("in point")
 		return nil
 	})
@@ -126,8 +126,8 @@ func run(t *testing.T, name string, args ...string) string {
 	return string(out)
 }
 
-// guest starts a guest with a file system.
-func guest(t *testing.T, name string) *lab {
+// guest starts a guest with a disk.
+func guest(t *testing.T, name, disk string) *lab {
 	t.Helper()
 	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
 	h, err := hypervisor.Connect(t.Context(), uri, log)
@@ -136,7 +136,7 @@ func guest(t *testing.T, name string) *lab {
 	}
 	t.Cleanup(h.Close)
 	t.Cleanup(func() { _ = exec.CommandContext(context.Background(), "lab-domain", "remove", name).Run() })
-	run(t, "lab-domain", "create", name, "--disk", "qcow2:16M:fs", "--start")
+	run(t, "lab-domain", "create", name, "--disk", disk, "--start")
 	d, err := h.Lookup(t.Context(), name)
 	if err != nil {
 		t.Fatal(err)
@@ -180,6 +180,25 @@ func (l *lab) thawedInTheEnd(t *testing.T) {
 	})
 }
 
+func (l *lab) runsInTheEnd(t *testing.T) {
+	t.Helper()
+	until(t, "running", func() bool {
+		s, _, err := l.State(t.Context(), l.d.UUID)
+		return err == nil && s == hypervisor.StateRunning
+	})
+}
+
+// silentInTheEnd waits until the agent is gone, as libvirt sees it.
+func (l *lab) silentInTheEnd(t *testing.T) {
+	t.Helper()
+	until(t, "silent", func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		_, err := l.FSStatus(ctx, l.d.UUID)
+		return errors.Is(err, hypervisor.ErrAgentSilent)
+	})
+}
+
 func (l *lab) noMarkerInTheEnd(t *testing.T) {
 	t.Helper()
 	until(t, "no marker", func() bool { m, err := markers(l.markers); return err == nil && len(m) == 0 })
@@ -194,20 +213,28 @@ func (l *lab) noMarker(t *testing.T) {
 
 // TestLab is all that needs one running guest: a start takes long under load.
 func TestLab(t *testing.T) {
-	l := guest(t, "quiesce")
+	l := guest(t, "quiesce", "qcow2:16M:fs")
 	t.Run("hold", l.testHold)
 	t.Run("what the admin holds stays held", l.testAdmin)
 	t.Run("holder dies", l.testHolderDies)
 	t.Run("limit", l.testLimit)
 	t.Run("freeze that comes late", l.testLate)
+	t.Run("agent dies in between", l.testAgentDies)
 	t.Run("guest goes", l.testGoes)
+	t.Run("agent ends", l.testAgentEnds)
 }
+
+// as is a wish that requires what it asks for.
+func as(mode Mode) Wish { return Wish{Mode: mode} }
 
 func (l *lab) testHold(t *testing.T) {
 	q := l.quiescer(0)
-	for mode, want := range map[Mode]Consistency{None: Crash, Agent: Filesystem, Suspend: Crash} {
+	for mode, want := range map[Mode]Consistency{None: Crash, Agent: Filesystem, Suspend: Suspended} {
 		called := 0
-		res, err := q.Hold(t.Context(), l.d.UUID, mode, func(context.Context) error {
+		var inside time.Duration
+		start := time.Now()
+		res, err := q.Hold(t.Context(), l.d.UUID, as(mode), func(context.Context) error {
+			entered := time.Now()
 			called++
 			switch mode {
 			case Agent:
@@ -215,56 +242,70 @@ func (l *lab) testHold(t *testing.T) {
 			case Suspend:
 				l.state(t, hypervisor.StatePaused)
 			}
+			inside = time.Since(entered)
 			return nil
 		})
-		if err != nil || res.Consistency != want || !res.Thawed || called != 1 || (res.HeldFor > 0) != (mode != None) {
+		if err != nil || res.Consistency != want || res.Shortfall != "" || !res.Thawed || called != 1 || (res.Held > 0) != (mode != None) {
 			t.Errorf("%s: %+v, %v, called %d times", mode, res, err, called)
 		}
-		t.Logf("%s: held for %v", mode, res.HeldFor)
+		if mode != None && (res.Held < inside || res.Held > time.Since(start)) {
+			t.Errorf("%s: held for %v, which is not between %v and %v", mode, res.Held, inside, time.Since(start))
+		}
+		t.Logf("%s: held for %v", mode, res.Held)
 		l.noMarker(t)
 		l.state(t, hypervisor.StateRunning)
 		l.status(t, hypervisor.Thawed)
 	}
 	broken := errors.New("no point")
 	for _, mode := range []Mode{None, Agent, Suspend} {
-		if _, err := q.Hold(t.Context(), l.d.UUID, mode, func(context.Context) error { return broken }); !errors.Is(err, broken) {
-			t.Errorf("%s: %v", mode, err)
+		for _, policy := range []Policy{Require, Prefer} {
+			called := 0
+			if _, err := q.Hold(t.Context(), l.d.UUID, Wish{mode, policy}, func(context.Context) error { called++; return broken }); !errors.Is(err, broken) || called != 1 {
+				t.Errorf("%s, %s: %v, called %d times", mode, policy, err, called)
+			}
+			l.state(t, hypervisor.StateRunning)
+			l.status(t, hypervisor.Thawed)
 		}
-		l.state(t, hypervisor.StateRunning)
-		l.status(t, hypervisor.Thawed)
 	}
 	// A cancelled caller leaves no frozen guest.
 	ctx, cancel := context.WithCancel(t.Context())
-	if _, err := q.Hold(ctx, l.d.UUID, Agent, func(context.Context) error { cancel(); return ctx.Err() }); !errors.Is(err, context.Canceled) {
+	if _, err := q.Hold(ctx, l.d.UUID, as(Agent), func(context.Context) error { cancel(); return ctx.Err() }); !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
 	l.status(t, hypervisor.Thawed)
 	l.noMarker(t)
 }
 
+func nothing(context.Context) error { return nil }
+
 func (l *lab) testAdmin(t *testing.T) {
 	q := l.quiescer(0)
-	nothing := func(context.Context) error { return nil }
 	if err := l.Freeze(t.Context(), l.d.UUID); err != nil {
 		t.Fatal(err)
 	}
-	if res, err := q.Hold(t.Context(), l.d.UUID, Agent, nothing); err != nil || res.Consistency != Filesystem || res.HeldFor != 0 {
+	if res, err := q.Hold(t.Context(), l.d.UUID, as(Agent), nothing); err != nil || res.Consistency != Filesystem || res.Held != 0 || res.Shortfall != "" {
 		t.Errorf("%+v, %v", res, err)
 	}
 	l.status(t, hypervisor.Frozen)
-	if err := l.Thaw(t.Context(), l.d.UUID); err != nil {
-		t.Fatal(err)
+	thaw := func(ctx context.Context) error { return l.Thaw(ctx, l.d.UUID) }
+	if res, err := q.Hold(t.Context(), l.d.UUID, Wish{Agent, Prefer}, thaw); err != nil || res.Consistency != Crash || res.Shortfall != errLetGo.Error() {
+		t.Errorf("%+v, %v", res, err)
 	}
+	l.status(t, hypervisor.Thawed)
 	if err := l.Suspend(t.Context(), l.d.UUID); err != nil {
 		t.Fatal(err)
 	}
-	if res, err := q.Hold(t.Context(), l.d.UUID, Suspend, nothing); err != nil || res.Consistency != Crash {
+	if res, err := q.Hold(t.Context(), l.d.UUID, as(Suspend), nothing); err != nil || res.Consistency != Suspended || res.Held != 0 {
 		t.Errorf("%+v, %v", res, err)
 	}
 	l.state(t, hypervisor.StatePaused)
-	if _, err := q.Hold(t.Context(), l.d.UUID, Agent, nothing); !errors.Is(err, ErrHold) || !strings.Contains(err.Error(), "paused") {
+	if _, err := q.Hold(t.Context(), l.d.UUID, as(Agent), nil); !errors.Is(err, ErrHold) || !strings.Contains(err.Error(), "paused by its admin") {
 		t.Error(err)
 	}
+	if res, err := q.Hold(t.Context(), l.d.UUID, Wish{Agent, Prefer}, nothing); err != nil || res.Consistency != Crash || res.Shortfall != "the domain was paused by its admin" {
+		t.Errorf("%+v, %v", res, err)
+	}
+	l.state(t, hypervisor.StatePaused)
 	if err := l.Resume(t.Context(), l.d.UUID); err != nil {
 		t.Fatal(err)
 	}
@@ -291,10 +332,7 @@ func (l *lab) testHolderDies(t *testing.T) {
 				}
 			}
 			if at == "after suspend" {
-				until(t, "running", func() bool {
-					s, _, err := l.State(t.Context(), l.d.UUID)
-					return err == nil && s == hypervisor.StateRunning
-				})
+				l.runsInTheEnd(t)
 			}
 			l.thawedInTheEnd(t)
 			l.noMarkerInTheEnd(t)
@@ -306,40 +344,50 @@ func (l *lab) testHolderDies(t *testing.T) {
 
 // The daemon lives, but does not come back from fixing the point in time.
 func (l *lab) testLimit(t *testing.T) {
-	res, err := l.quiescer(time.Second).Hold(t.Context(), l.d.UUID, Agent, func(context.Context) error {
-		l.thawedInTheEnd(t) // by the watchdog
-		return nil
-	})
-	if err != nil || res.Consistency != Crash || !res.Thawed {
-		t.Errorf("%+v, %v: what was thawed meanwhile is no consistent point", res, err)
+	for policy, want := range map[Policy]error{Prefer: nil, Require: ErrHold} {
+		for mode, goesOn := range map[Mode]func(*testing.T){Agent: l.thawedInTheEnd, Suspend: l.runsInTheEnd} {
+			res, err := l.quiescer(time.Second).Hold(t.Context(), l.d.UUID, Wish{mode, policy}, func(context.Context) error {
+				goesOn(t) // by the watchdog
+				return nil
+			})
+			if !errors.Is(err, want) || res.Consistency != Crash || res.Shortfall == "" || !res.Thawed {
+				t.Errorf("%s: %+v, %v: what was let go meanwhile is no consistent point", policy, res, err)
+			}
+			l.status(t, hypervisor.Thawed)
+			l.noMarkerInTheEnd(t)
+		}
 	}
-	l.status(t, hypervisor.Thawed)
-	l.noMarkerInTheEnd(t)
 }
 
 // A freeze that times out takes effect when the agent comes back.
 func (l *lab) testLate(t *testing.T) {
 	pid := strings.TrimSpace(run(t, "lab-domain", "exec", l.d.Name, "--", "pidof", "qemu-ga"))
-	// The guest stops the agent after it has answered for the last time before
-	// the freeze, and lets it go on much later.
-	stalled := stalling{Guest: l, stall: func() {
-		run(t, "lab-domain", "exec", l.d.Name, "--", "sh", "-c", "(sleep 0.5; kill -STOP "+pid+"; sleep 15; kill -CONT "+pid+") >/dev/null 2>&1 &")
-		time.Sleep(2 * time.Second) // until it is stopped: nothing but the agent could tell
-	}}
-	q := New(stalled, ThawUnit{Program: thawProgram, URI: uri}, Options{Directory: l.markers, Limit: 4 * time.Second, Log: l.log})
-	res, err := q.Hold(t.Context(), l.d.UUID, Agent, func(context.Context) error {
-		t.Error("the point was fixed without a freeze")
-		return nil
-	})
-	if !errors.Is(err, ErrHold) || res.Thawed {
-		t.Errorf("%+v, %v", res, err)
+	for policy, points := range map[Policy]int{Require: 0, Prefer: 1} {
+		// The guest stops the agent after it has answered for the last time before
+		// the freeze, and lets it go on much later.
+		stalled := stalling{Guest: l, stall: func() {
+			run(t, "lab-domain", "exec", l.d.Name, "--", "sh", "-c", "(sleep 0.5; kill -STOP "+pid+"; sleep 15; kill -CONT "+pid+") >/dev/null 2>&1 &")
+			time.Sleep(2 * time.Second) // until it is stopped: nothing but the agent could tell
+		}}
+		q := New(stalled, ThawUnit{Program: thawProgram, URI: uri}, Options{Directory: l.markers, Limit: 4 * time.Second, Log: l.log})
+		called := 0
+		res, err := q.Hold(t.Context(), l.d.UUID, Wish{Agent, policy}, func(context.Context) error {
+			called++
+			return nil
+		})
+		if errors.Is(err, ErrHold) != (policy == Require) || res.Thawed || called != points || res.Held != 0 {
+			t.Errorf("%s: %+v, %v, called %d times", policy, res, err, called)
+		}
+		if policy == Prefer && (res.Consistency != Crash || res.Shortfall == "") {
+			t.Errorf("%+v", res)
+		}
+		if m, _ := markers(l.markers); len(m) != 1 {
+			t.Error("there is no marker, although nobody knows whether the guest is frozen")
+		}
+		l.noMarkerInTheEnd(t)
+		l.status(t, hypervisor.Thawed)
+		run(t, "lab-domain", "exec", l.d.Name, "--", "sh", "-c", "echo alive >/mnt/vda/file && sync")
 	}
-	if m, _ := markers(l.markers); len(m) != 1 {
-		t.Error("there is no marker, although nobody knows whether the guest is frozen")
-	}
-	l.noMarkerInTheEnd(t)
-	l.status(t, hypervisor.Thawed)
-	run(t, "lab-domain", "exec", l.d.Name, "--", "sh", "-c", "echo alive >/mnt/vda/file && sync")
 }
 
 type stalling struct {
@@ -352,15 +400,83 @@ func (s stalling) Freeze(ctx context.Context, uuid string) error {
 	return s.Guest.Freeze(ctx, uuid)
 }
 
-// A guest that is gone needs no thaw; one without agent is told so.
-func (l *lab) testGoes(t *testing.T) {
+// An agent that dies while the guest is frozen, and comes back much later.
+func (l *lab) testAgentDies(t *testing.T) {
+	for policy, want := range map[Policy]error{Prefer: nil, Require: ErrHold} {
+		// The file is how the agent remembers that it froze the filesystems; the
+		// freeze itself takes moments after that.
+		run(t, "lab-domain", "exec", l.d.Name, "--", "sh", "-c", `(until [ -e /run/qga.state.isfrozen ]; do usleep 10000; done
+			sleep 1; kill -9 $(pidof qemu-ga); sleep 8
+			exec qemu-ga -m virtio-serial -p /dev/virtio-ports/org.qemu.guest_agent.0 -t /run) >/dev/null 2>&1 &`)
+		res, err := l.quiescer(0).Hold(t.Context(), l.d.UUID, Wish{Agent, policy}, func(context.Context) error {
+			l.silentInTheEnd(t)
+			return nil
+		})
+		if !errors.Is(err, want) || res.Consistency != Crash || res.Shortfall != "the guest agent does not answer" || res.Thawed {
+			t.Errorf("%s: %+v, %v", policy, res, err)
+		}
+		l.noMarkerInTheEnd(t)
+		l.status(t, hypervisor.Thawed)
+		run(t, "lab-domain", "exec", l.d.Name, "--", "sh", "-c", "echo alive >/mnt/vda/file && sync")
+	}
+}
+
+// An agent that has ended is no reason to leave a guest without a backup, unless
+// it is required.
+func (l *lab) testAgentEnds(t *testing.T) {
+	run(t, "lab-domain", "start", l.d.Name)
 	q := l.quiescer(0)
-	res, err := q.Hold(t.Context(), l.d.UUID, Agent, func(ctx context.Context) error { return l.Destroy(ctx, l.d.UUID) })
-	if err != nil || !res.Thawed || res.Consistency != Crash {
+	run(t, "lab-domain", "exec", l.d.Name, "--", "sh", "-c", "(sleep 0.5; kill $(pidof qemu-ga)) >/dev/null 2>&1 &")
+	l.silentInTheEnd(t)
+	if _, err := q.Hold(t.Context(), l.d.UUID, as(Agent), nil); !errors.Is(err, ErrHold) || !errors.Is(err, hypervisor.ErrAgentSilent) {
+		t.Error(err)
+	}
+	l.fallsShort(t, "the guest agent does not answer")
+	if res, err := q.Hold(t.Context(), l.d.UUID, as(Suspend), nothing); err != nil || res.Consistency != Suspended {
 		t.Errorf("%+v, %v", res, err)
 	}
 	l.noMarker(t)
-	if _, err := q.Hold(t.Context(), l.d.UUID, Agent, nil); !errors.Is(err, ErrHold) || !strings.Contains(err.Error(), "shutoff") {
+}
+
+// fallsShort has a point fixed for which an agent is preferred that cannot do it.
+func (l *lab) fallsShort(t *testing.T, why string) {
+	t.Helper()
+	called := 0
+	res, err := l.quiescer(0).Hold(t.Context(), l.d.UUID, Wish{Agent, Prefer}, func(context.Context) error { called++; return nil })
+	if want := (Result{Consistency: Crash, Shortfall: why, Thawed: true}); err != nil || res != want || called != 1 {
+		t.Errorf("%+v, %v, called %d times", res, err, called)
+	}
+	l.state(t, hypervisor.StateRunning)
+	l.noMarker(t)
+}
+
+// TestLabNothingToFreeze has a guest without filesystems, which is frozen as far
+// as it can be, and then one without an agent.
+func TestLabNothingToFreeze(t *testing.T) {
+	l := guest(t, "quiesce-bare", "qcow2:16M")
+	res, err := l.quiescer(0).Hold(t.Context(), l.d.UUID, as(Agent), nothing)
+	if want := (Result{Consistency: Crash, Shortfall: nothingToFreeze, Thawed: true}); err != nil || res != want {
+		t.Errorf("%+v, %v", res, err)
+	}
+	l.fallsShort(t, nothingToFreeze)
+	run(t, "lab-domain", "destroy", l.d.Name)
+	run(t, "sh", "-c", "virsh dumpxml quiesce-bare | sed '/<channel/,/<.channel>/d' | virsh define /dev/stdin && virsh start quiesce-bare </dev/null")
+	if _, err := l.quiescer(0).Hold(t.Context(), l.d.UUID, as(Agent), nil); !errors.Is(err, ErrHold) || !errors.Is(err, hypervisor.ErrNoAgent) {
+		t.Error(err)
+	}
+	l.fallsShort(t, "no guest agent is configured")
+}
+
+// A guest that is gone needs no thaw; one without agent is told so.
+func (l *lab) testGoes(t *testing.T) {
+	q := l.quiescer(0)
+	end := func(ctx context.Context) error { return l.Destroy(ctx, l.d.UUID) }
+	res, err := q.Hold(t.Context(), l.d.UUID, Wish{Agent, Prefer}, end)
+	if err != nil || !res.Thawed || res.Consistency != Crash || res.Shortfall == "" {
+		t.Errorf("%+v, %v", res, err)
+	}
+	l.noMarker(t)
+	if _, err := q.Hold(t.Context(), l.d.UUID, as(Agent), nil); !errors.Is(err, ErrHold) || !strings.Contains(err.Error(), "shutoff") {
 		t.Error(err)
 	}
 	l.noMarker(t)

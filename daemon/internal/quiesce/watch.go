@@ -18,50 +18,53 @@ const (
 	maximumRetry = 5 * time.Second
 )
 
-// GoOn lets a guest that we may be holding go on, and returns nil once it is
-// seen to: retried until then, or until ctx ends. A guest that is not running
-// any more needs nothing. A guest that somebody else paused stays so.
-func GoOn(ctx context.Context, guest Guest, m Marker, log *slog.Logger) error {
+// GoOn lets a guest that we may be holding go on, and returns no error once it
+// is seen to: retried until then, or until ctx ends. A guest that is not running
+// any more needs nothing. A guest that somebody else paused stays so. It returns
+// when the guest went on, or until when it is not known to have.
+func GoOn(ctx context.Context, guest Guest, m Marker, log *slog.Logger) (since time.Time, err error) {
 	for wait := minimumRetry; ; wait = min(2*wait, maximumRetry) {
-		done, err := goOnOnce(ctx, guest, m)
+		since, done, err := goOnOnce(ctx, guest, m)
 		if done {
-			return nil
+			return since, nil
 		}
 		log.Debug("the guest does not go on yet", "domain", m.UUID, "mode", m.Mode, "error", err)
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("cannot let domain %s go on: %w", m.UUID, errors.Join(err, context.Cause(ctx)))
+			return time.Now(), fmt.Errorf("cannot let domain %s go on: %w", m.UUID, errors.Join(err, context.Cause(ctx)))
 		case <-time.After(wait):
 		}
 	}
 }
 
-func goOnOnce(ctx context.Context, guest Guest, m Marker) (done bool, err error) {
+func goOnOnce(ctx context.Context, guest Guest, m Marker) (since time.Time, done bool, err error) {
 	limited, cancel := context.WithTimeout(ctx, askLimit)
 	defer cancel()
 	state, reason, err := guest.State(limited, m.UUID)
+	since = time.Now()
 	switch {
 	case errors.Is(err, hypervisor.ErrNoDomain):
-		return true, nil
+		return since, true, nil
 	case err != nil:
-		return false, err
+		return since, false, err
 	case state == hypervisor.StateShutoff, state == hypervisor.StateCrashed:
-		return true, nil
+		return since, true, nil
 	}
 	if m.Mode == Suspend {
 		if state != hypervisor.StatePaused || reason != hypervisor.ReasonPausedBy {
-			return true, nil
+			return since, true, nil
 		}
 		err := guest.Resume(limited, m.UUID)
-		return err == nil, err
+		return time.Now(), err == nil, err
 	}
 	if err := guest.Thaw(limited, m.UUID); err != nil {
-		return false, err
+		return since, false, err
 	}
+	since = time.Now()
 	// The agent works in order: a freeze that was late is done by now, and
 	// was done before the thaw, or shows here.
 	status, err := guest.FSStatus(limited, m.UUID)
-	return err == nil && status == hypervisor.Thawed, err
+	return since, err == nil && status == hypervisor.Thawed, err
 }
 
 // Watch is the thaw watchdog's work for one marker. It calls ready once it
@@ -86,7 +89,7 @@ func Watch(ctx context.Context, guest Guest, path string, log *slog.Logger, read
 	case err = <-locked:
 	case <-time.After(time.Until(m.Deadline)):
 		log.Warn("a guest was held for too long, letting it go on")
-		if err := GoOn(ctx, guest, m.Marker, log); err != nil {
+		if _, err := GoOn(ctx, guest, m.Marker, log); err != nil {
 			return err
 		}
 		// The daemon may be stuck just before the freeze: only when it lets go
@@ -119,7 +122,7 @@ const settle = 5 * time.Second
 // removes the marker, whose lock we have.
 func (h *heldMarker) release(ctx context.Context, guest Guest, log *slog.Logger) error {
 	h.reread()
-	if err := GoOn(ctx, guest, h.Marker, log); err != nil {
+	if _, err := GoOn(ctx, guest, h.Marker, log); err != nil {
 		return err
 	}
 	log.Info("the guest goes on")
@@ -133,7 +136,7 @@ func (h *heldMarker) release(ctx context.Context, guest Guest, log *slog.Logger)
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
-		if err := GoOn(ctx, guest, h.Marker, log); err != nil {
+		if _, err := GoOn(ctx, guest, h.Marker, log); err != nil {
 			return err
 		}
 	}

@@ -39,6 +39,7 @@ const (
 const (
 	ConsistencyApplication = "application"
 	ConsistencyFilesystem  = "filesystem"
+	ConsistencySuspended   = "suspended"
 	ConsistencyCrash       = "crash"
 )
 
@@ -55,13 +56,15 @@ type Manifest struct {
 	Chain       string   `json:"chain"`            // ULID
 	Kind        string   `json:"kind"`
 	Isolated    bool     `json:"isolated"`
-	Created     int64    `json:"created_usec"`  // the point in time of the data; µs since the epoch
-	Finished    int64    `json:"finished_usec"` // µs since the epoch
-	Host        string   `json:"host"`          // HostID of the key that authenticates this manifest
-	HostName    string   `json:"host_name"`     // informative
-	Version     string   `json:"version"`       // of the program that wrote it
-	Quiesce     string   `json:"quiesce"`       // what was asked: "none", "agent", "suspend"
-	Consistency string   `json:"consistency"`   // what came of it
+	Created     int64    `json:"created_usec"`        // the point in time of the data; µs since the epoch
+	Finished    int64    `json:"finished_usec"`       // µs since the epoch
+	Host        string   `json:"host"`                // HostID of the key that authenticates this manifest
+	HostName    string   `json:"host_name"`           // informative
+	Version     string   `json:"version"`             // of the program that wrote it
+	Quiesce     string   `json:"quiesce"`             // what was asked: "none", "agent", "suspend"
+	Consistency string   `json:"consistency"`         // what came of it
+	Held        int64    `json:"held_usec,omitempty"` // µs that the guest was held still
+	Shortfall   string   `json:"shortfall,omitempty"` // for people: why it is less consistent than was asked for
 	Offering    Offering `json:"offering"`
 	Disks       []Disk   `json:"disks"`
 	Files       []File   `json:"files"`

@@ -15,8 +15,8 @@ func (m *Manifest) validate() error {
 		checkName("host id", hostPattern, m.Host),
 		m.validateKind(),
 	}
-	if m.Created < 0 || m.Finished < 0 {
-		names = append(names, errors.New("a time is before the epoch"))
+	if m.Created < 0 || m.Finished < 0 || m.Held < 0 {
+		names = append(names, errors.New("a time is negative"))
 	}
 	if len(m.Disks) > listLimit || len(m.Files) > listLimit {
 		return fmt.Errorf("it lists %d disks and %d files, more than %d", len(m.Disks), len(m.Files), listLimit)

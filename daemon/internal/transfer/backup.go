@@ -118,6 +118,7 @@ func (b *backup) make(ctx context.Context) error {
 		return classify(ClassInternal, err)
 	}
 	b.Manifest.Created, b.Manifest.Consistency = start.Created, start.Consistency
+	b.Manifest.Held, b.Manifest.Shortfall = start.Held, start.Shortfall
 	phases := []struct {
 		name string
 		each func(*diskCopy, context.Context) error

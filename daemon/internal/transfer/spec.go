@@ -119,6 +119,8 @@ type Go struct {
 	Created     int64  `json:"created_usec"` // µs since the epoch
 	Consistency string `json:"consistency"`
 	Thawed      bool   `json:"thawed"`
+	Held        int64  `json:"held_usec,omitempty"` // µs that the guest was held still
+	Shortfall   string `json:"shortfall,omitempty"` // why it is less consistent than was asked for
 }
 
 // RestoreSpec is a backup to read back.

@@ -70,6 +70,20 @@ func (c *Catalog) SetTracking(ctx context.Context, domain string, known json.Raw
 	})
 }
 
+// ForgetTracking forgets a domain that is not in the catalog, and its marks. Of
+// one that is, it forgets nothing.
+func (c *Catalog) ForgetTracking(ctx context.Context, domain string) error {
+	return c.write(ctx, "forget domain "+domain, func(tx *sql.Tx) error {
+		for _, table := range []string{"tracking", "marks"} {
+			_, err := tx.ExecContext(ctx, "DELETE FROM "+table+" WHERE domain = ? AND domain NOT IN (SELECT uuid FROM domains)", domain)
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
 // Marks returns the marks of a domain that are newer than a number, oldest first.
 func (c *Catalog) Marks(ctx context.Context, domain string, after int64) (all []Mark, err error) {
 	err = c.read(ctx, "list the marks of domain "+domain, func(tx *sql.Tx) (err error) {

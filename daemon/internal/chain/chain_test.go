@@ -164,6 +164,65 @@ func TestDecideByDigestAlone(t *testing.T) {
 	}
 }
 
+// overlaid is good with the tracking by overlays, which the last backup made.
+func overlaid() (Options, Domain, *Last) {
+	o, d, last := good()
+	o.Tracking, d.Overlays, last.Checkpoint = Snapshot, true, ""
+	for i := range d.Disks {
+		d.Disks[i].Overlay = d.Disks[i].Source + ".b3"
+		d.Disks[i].Bitmap, last.Disks[i].CBT, last.Disks[i].Overlay = "", false, d.Disks[i].Overlay
+	}
+	return o, d, last
+}
+
+func TestDecideByOverlay(t *testing.T) {
+	v := Decide(overlaid())
+	if v.Kind != Incremental || v.Checkpoint {
+		t.Errorf("got %+v", v)
+	}
+	for _, disk := range v.Disks { // the raw one too
+		if disk.Changes != Snapshot || disk.Cause != "" || disk.Base != "" || disk.Tracking != Snapshot {
+			t.Errorf("got %+v", disk)
+		}
+	}
+}
+
+// TestDecideDemotesByOverlay has everything that keeps a disk from being an
+// increment by its overlay.
+func TestDecideDemotesByOverlay(t *testing.T) {
+	for _, c := range []struct {
+		want     Cause
+		compare  bool
+		tracking Tracking
+		change   func(*Options, *Domain, *Disk, *LastDisk)
+	}{
+		{DiskAttached, false, Snapshot, func(_ *Options, _ *Domain, _ *Disk, l *LastDisk) { l.Target = "vdx" }},
+		{DiskResized, false, Snapshot, func(_ *Options, _ *Domain, d *Disk, _ *LastDisk) { d.Size++ }},
+		{DiskReplaced, true, Snapshot, func(_ *Options, _ *Domain, d *Disk, _ *LastDisk) { d.Source = "/d/other.qcow2" }},
+		{DiskReplaced, true, Snapshot, func(_ *Options, _ *Domain, d *Disk, l *LastDisk) { d.Run, d.Node, l.Run, l.Node = "1", 5, "1", 3 }},
+		{Unseen, true, Snapshot, func(_ *Options, _ *Domain, d *Disk, _ *LastDisk) { d.Unseen = Unseen }},
+		{OverlayMissing, true, Snapshot, func(_ *Options, _ *Domain, d *Disk, _ *LastDisk) { d.Overlay = "" }},
+		{OverlayMissing, true, Snapshot, func(_ *Options, _ *Domain, d *Disk, _ *LastDisk) { d.Overlay = "/d/b.qcow2.b2" }},
+		{OverlayMissing, true, Snapshot, func(_ *Options, _ *Domain, _ *Disk, l *LastDisk) { l.Overlay = "" }},
+		{OverlayMissing, true, Snapshot, func(_ *Options, _ *Domain, d *Disk, l *LastDisk) { d.Overlay, l.Overlay = "", "" }},
+		{OverlayUnsupported, true, Digest, func(_ *Options, d *Domain, _ *Disk, _ *LastDisk) { d.Overlays = false }},
+		{InternalSnapshot, true, Digest, func(_ *Options, d *Domain, _ *Disk, _ *LastDisk) { d.InternalSnapshots = true }},
+		{CheckpointMissing, true, CBT, func(o *Options, _ *Domain, _ *Disk, _ *LastDisk) { o.Tracking = CBT }},
+		{OfferingDigest, true, Digest, func(o *Options, _ *Domain, _ *Disk, _ *LastDisk) { o.Tracking = Digest }},
+	} {
+		o, d, last := overlaid()
+		c.change(&o, &d, &d.Disks[1], &last.Disks[1])
+		v := Decide(o, d, last)
+		want := DiskVerdict{Target: "vdb", Kind: Full, Cause: c.want, Tracking: c.tracking}
+		if c.compare {
+			want.Kind, want.Changes = Incremental, Digest
+		}
+		if diff := cmp.Diff(want, v.Disks[1]); diff != "" {
+			t.Errorf("%s: %s", c.want, diff)
+		}
+	}
+}
+
 // TestDecideNeverIncrementInDoubt draws any facts at all: an increment needs
 // every one of its conditions.
 func TestDecideNeverIncrementInDoubt(t *testing.T) {
@@ -178,11 +237,17 @@ func TestDecideNeverIncrementInDoubt(t *testing.T) {
 		}
 		increments := 0
 		for i, got := range v.Disks {
-			if (got.Changes == CBT) != (got.Cause == "") || (got.Changes == CBT) != (got.Base != "") || (got.Kind == Full) != (got.Changes == "") {
+			if (got.Changes == CBT || got.Changes == Snapshot) != (got.Cause == "") || (got.Changes == CBT) != (got.Base != "") || (got.Kind == Full) != (got.Changes == "") {
 				t.Fatalf("disk does not say why: %+v", got)
 			}
-			if got.Tracking == CBT && (d.InternalSnapshots || d.Disks[i].Format != "qcow2" || o.Isolated || o.Tracking == Digest) {
+			if got.Tracking == CBT && (d.InternalSnapshots || d.Disks[i].Format != "qcow2" || o.Isolated || o.Tracking != CBT) {
 				t.Fatalf("a bitmap where none may be: %+v", got)
+			}
+			if got.Tracking == Snapshot && (d.InternalSnapshots || !d.Overlays || o.Isolated || o.Tracking != Snapshot) {
+				t.Fatalf("an overlay where none may be: %+v", got)
+			}
+			if got.Changes == Snapshot {
+				mayBeByOverlay(t, o, d.Disks[i], last)
 			}
 			if got.Changes == CBT {
 				mayBeIncrement(t, d.Disks[i], last)
@@ -212,6 +277,14 @@ func mayBeIncrement(t *rapid.T, disk Disk, last *Last) {
 	}
 }
 
+func mayBeByOverlay(t *rapid.T, o Options, disk Disk, last *Last) {
+	i := slices.IndexFunc(last.Disks, func(l LastDisk) bool { return l.Target == disk.Target })
+	if i < 0 || o.Tracking != Snapshot || disk.Overlay == "" || last.Disks[i].Overlay != disk.Overlay ||
+		last.Disks[i].Size != disk.Size || last.Disks[i].Source != disk.Source || last.Disks[i].Format != disk.Format || disk.Unseen != "" {
+		t.Fatalf("increment by overlay of %+v after %+v", disk, last)
+	}
+}
+
 func mayBeCompared(t *rapid.T, disk Disk, last *Last) {
 	i := slices.IndexFunc(last.Disks, func(l LastDisk) bool { return l.Target == disk.Target })
 	if i < 0 || last.Disks[i].Size != disk.Size {
@@ -224,7 +297,7 @@ func drawFacts(t *rapid.T) (Options, Domain, *Last) {
 	o, d, last := good()
 	o.Full, o.Isolated, d.InternalSnapshots = oneIn("full"), oneIn("isolated"), oneIn("snapshots")
 	o.ChainSize = rapid.IntRange(0, 5).Draw(t, "chain size")
-	o.Tracking = rapid.SampledFrom([]Tracking{CBT, CBT, Digest}).Draw(t, "tracking")
+	o.Tracking, d.Overlays = rapid.SampledFrom([]Tracking{CBT, CBT, Digest, Snapshot, Snapshot}).Draw(t, "tracking"), !oneIn("overlays")
 	o.Fallback = rapid.SampledFrom([]Fallback{FallbackDigest, FallbackFull}).Draw(t, "fallback")
 	if oneIn("offering") {
 		o.Offering = "other"
@@ -245,6 +318,8 @@ func drawFacts(t *rapid.T) (Options, Domain, *Last) {
 		d.Disks[i].Bitmap = rapid.SampledFrom([]Bitmap{BitmapValid, BitmapValid, BitmapValid, BitmapMissing, BitmapInconsistent, ""}).Draw(t, "bitmap")
 		d.Disks[i].Format = rapid.SampledFrom([]string{d.Disks[i].Format, "qcow2", "raw"}).Draw(t, "format")
 		last.Disks[i].CBT = !oneIn("covered")
+		overlay := rapid.SampledFrom([]string{"/d/overlay", "/d/overlay", "/d/overlay", "/d/another", ""})
+		d.Disks[i].Overlay, last.Disks[i].Overlay = overlay.Draw(t, "overlay"), overlay.Draw(t, "last overlay")
 		if oneIn("unseen") {
 			d.Disks[i].Unseen = rapid.SampledFrom([]Cause{Unseen, ChangedWhileOff, HostRestarted}).Draw(t, "cause")
 		}

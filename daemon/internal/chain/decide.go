@@ -28,17 +28,19 @@ const (
 // Domain is the domain as it is now.
 type Domain struct {
 	InternalSnapshots bool // it has some
+	Overlays          bool // overlays of ours may be put on its disks
 	Disks             []Disk
 }
 
 // Disk is a disk as it is now.
 type Disk struct {
 	Target  string   // "vda"
-	Source  string   // path
+	Source  string   // path, of the disk below any overlay of ours
 	Backing []string // paths of the layers below, top first
 	Format  string   // "qcow2", "raw", …
 	Size    uint64   // bytes
 	Bitmap  Bitmap   // "" is missing
+	Overlay string   // path of the overlay of ours that is the top layer; "" if none is
 	// Run and Node say which opening of the source this is: QEMU's run, and its
 	// block node in it. "" and 0 while the domain is off.
 	Run  string
@@ -71,6 +73,7 @@ type LastDisk struct {
 	Format  string
 	Size    uint64 // bytes
 	CBT     bool   // the checkpoint covers it
+	Overlay string // path of the overlay that the backup made; "" if it made none, or it is gone
 	Run     string // see Disk
 	Node    int
 }
@@ -91,15 +94,15 @@ type Verdict struct {
 type DiskVerdict struct {
 	Target   string
 	Kind     Kind
-	Changes  Tracking // how an increment's changes are found: CBT or Digest; "" if it is full
-	Cause    Cause    // why it is not an increment by CBT; "" if it is
+	Changes  Tracking // how an increment's changes are found: CBT, Snapshot or Digest; "" if it is full
+	Cause    Cause    // why it is not an increment by CBT or Snapshot; "" if it is
 	Base     string   // the checkpoint whose changes it holds, of CBT
 	Tracking Tracking // of the changes from this backup on
 }
 
 // Decide says what the next backup of a domain is. last is nil if the domain
-// has no chain in the repository. In doubt a bitmap is not used: a needless read
-// is a cost, a wrong increment is a lost machine.
+// has no chain in the repository. In doubt no bitmap or overlay is used: a
+// needless read is a cost, a wrong increment is a lost machine.
 func Decide(o Options, d Domain, last *Last) Verdict {
 	v := Verdict{Kind: Incremental, Cause: chainCause(o, last)}
 	causes := map[Cause]bool{}
@@ -140,6 +143,8 @@ func Decide(o Options, d Domain, last *Last) Verdict {
 // changes says how to find what changed since the parent, "" for not at all.
 func changes(o Options, cause Cause) Tracking {
 	switch {
+	case cause == "" && o.Tracking == Snapshot:
+		return Snapshot
 	case cause == "":
 		return CBT
 	case cause == DiskAttached || cause == DiskResized:
@@ -190,7 +195,7 @@ func endedCause(last *Last) Cause {
 }
 
 // diskCause returns why the disk's image cannot be an increment by the
-// checkpoint's bitmap, "" if it can.
+// checkpoint's bitmap, or the overlay, "" if it can.
 func diskCause(o Options, d Domain, disk Disk, last *Last) Cause {
 	i := slices.IndexFunc(last.Disks, func(l LastDisk) bool { return l.Target == disk.Target })
 	if i < 0 {
@@ -204,6 +209,8 @@ func diskCause(o Options, d Domain, disk Disk, last *Last) Cause {
 		return DiskReplaced
 	case disk.Unseen != "":
 		return disk.Unseen
+	case o.Tracking == Snapshot:
+		return overlayCause(d, disk, before)
 	case disk.Format != "qcow2":
 		return RawDisk
 	case d.InternalSnapshots:
@@ -216,6 +223,20 @@ func diskCause(o Options, d Domain, disk Disk, last *Last) Cause {
 		return BitmapBroken
 	case disk.Bitmap != BitmapValid:
 		return CheckpointMissing
+	}
+	return ""
+}
+
+// overlayCause returns why the overlay that the last backup made does not hold
+// all changes since then, "" if it does.
+func overlayCause(d Domain, disk Disk, before LastDisk) Cause {
+	switch {
+	case d.InternalSnapshots:
+		return InternalSnapshot
+	case !d.Overlays:
+		return OverlayUnsupported
+	case before.Overlay == "" || disk.Overlay != before.Overlay:
+		return OverlayMissing
 	}
 	return ""
 }
@@ -239,6 +260,10 @@ func tracking(o Options, d Domain, disk Disk) Tracking {
 	switch {
 	case o.Isolated || o.Mode == ModeFull:
 		return None
+	case o.Tracking == Snapshot && d.Overlays && !d.InternalSnapshots:
+		return Snapshot
+	case o.Tracking == Snapshot:
+		return Digest
 	case d.InternalSnapshots || disk.Format != "qcow2" || o.Tracking == Digest:
 		return Digest
 	}

@@ -94,5 +94,9 @@ const (
 	RawDisk           Cause = "raw-disk"           // the format cannot carry a bitmap
 	CheckpointMissing Cause = "checkpoint-missing" // the parent's checkpoint does not cover the disk, or is gone
 	BitmapBroken      Cause = "bitmap-broken"      // the bitmap is missing, in use or inconsistent
-	InternalSnapshot  Cause = "internal-snapshot"  // a bitmap would keep the domain from reverting
+	InternalSnapshot  Cause = "internal-snapshot"  // a bitmap would keep the domain from reverting, and an overlay would end with the snapshot in it
+	OverlayMissing    Cause = "overlay-missing"    // the parent's overlay is not the disk's top layer (any more)
+	// OverlayUnsupported: the domain is transient, has snapshots that libvirt
+	// knows, or a disk that is no file, so that no overlay is put on its disks.
+	OverlayUnsupported Cause = "overlay-unsupported"
 )

@@ -32,3 +32,13 @@ CREATE TABLE marks (
 	time   INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX marks_domain ON marks (domain, number);
+
+-- Overlays that we put on disks of domains (tracking by snapshot), recorded
+-- before they are made and until they are gone.
+CREATE TABLE overlays (
+	path   TEXT PRIMARY KEY,
+	domain TEXT NOT NULL, -- UUID
+	backup TEXT NOT NULL, -- at whose point in time it was made; no reference: it may outlive the backup
+	target TEXT NOT NULL
+) STRICT;
+CREATE INDEX overlays_domain ON overlays (domain);

@@ -6,7 +6,7 @@
 //
 //	step       recorded        then                          after a restart
 //	           -               -                             plan
-//	planned    with the plan   scratch, worker               the same again, if the disks are still the same
+//	planned    with the plan   prepare, worker               the same again, if the disks are still the same
 //	begin      before          hold, backup-begin, go on     carry on when libvirt has the job and checkpoint; else begin
 //	copying    with the point  the worker copies, commits    follow the worker
 package backup
@@ -186,7 +186,7 @@ func (r *run) start(ctx context.Context) error {
 	case "":
 		err = r.prepare(ctx)
 	case stepBegin:
-		if begun, err = r.begun(ctx); err == nil && !begun {
+		if begun, err = r.source().begun(ctx); err == nil && !begun {
 			err = r.recheck(ctx)
 		}
 	default:
@@ -196,14 +196,14 @@ func (r *run) start(ctx context.Context) error {
 		return err
 	}
 	if begun {
-		return r.rejoin(ctx)
+		return r.source().rejoin(ctx)
 	}
 	if r.job.Job().Step != "" {
 		if err := r.discardLost(ctx); err != nil {
 			return err
 		}
 	}
-	if err := r.makeScratch(ctx); err != nil {
+	if err := r.source().prepare(ctx); err != nil {
 		return err
 	}
 	worker, err := r.Errands.Supervisor.Start(ctx, r.spec(), r.Errands.Limits())
@@ -213,7 +213,7 @@ func (r *run) start(ctx context.Context) error {
 	if err := worker.Ready(ctx, r.progress); err != nil {
 		return failure.Worker(ctx, r.Plan.Repository.Name, err)
 	}
-	return r.begin(ctx)
+	return r.source().begin(ctx)
 }
 
 // discardLost removes what a worker had staged that was lost with the host: a

@@ -18,7 +18,7 @@ import (
 
 // begin fixes the point in time of all disks. The guest is held no longer than
 // libvirt takes to begin the backup: everything else is ready.
-func (r *run) begin(ctx context.Context) error {
+func (r live) begin(ctx context.Context) error {
 	// What is known of the point when nobody is left to say more.
 	r.Point = transfer.Go{Created: time.Now().UnixMicro(), Consistency: string(quiesce.Crash), Thawed: true}
 	if r.quiesces() {
@@ -51,10 +51,10 @@ func (r *run) begin(ctx context.Context) error {
 }
 
 // quiesces tells whether the guest is to be held still.
-func (r *run) quiesces() bool { return r.Plan.Quiesce != string(quiesce.None) }
+func (r live) quiesces() bool { return r.Plan.Quiesce != string(quiesce.None) }
 
 // hold holds the guest still while libvirt begins the backup.
-func (r *run) hold(ctx context.Context) (at time.Time, held quiesce.Result, err error) {
+func (r live) hold(ctx context.Context) (at time.Time, held quiesce.Result, err error) {
 	w := quiesce.Wish{Mode: quiesce.Mode(r.Plan.Quiesce), Policy: quiesce.Policy(r.Plan.QuiescePolicy)}
 	held, err = r.Quiescer.Hold(ctx, r.Plan.Domain, w, func(ctx context.Context) error {
 		err := r.Hypervisor.BeginBackup(ctx, r.Plan.Domain, r.Plan.begin(r.Settings().ScratchDirectory))
@@ -66,7 +66,7 @@ func (r *run) hold(ctx context.Context) (at time.Time, held quiesce.Result, err 
 
 // rejoin goes on with a point in time that libvirt fixed while virtbackupd was
 // restarted, if one of which less is known is good enough.
-func (r *run) rejoin(ctx context.Context) error {
+func (r live) rejoin(ctx context.Context) error {
 	if r.quiesces() && r.Plan.QuiescePolicy != string(quiesce.Prefer) {
 		return failure.Errorf(dbus.ErrFailed, "cannot quiesce domain %q (%s) as is required: %s: start the backup again",
 			r.Plan.DomainName, r.Plan.Quiesce, r.Point.Shortfall)
@@ -84,7 +84,7 @@ const beginLimit = 2 * time.Minute
 
 // begun tells whether libvirt did begin the backup before the daemon was
 // restarted. A call to libvirt takes effect as a whole, also when its caller dies.
-func (r *run) begun(ctx context.Context) (bool, error) {
+func (r live) begun(ctx context.Context) (bool, error) {
 	if err := r.Quiescer.ThawLeftover(ctx); err != nil {
 		return false, err
 	}
@@ -121,7 +121,7 @@ func (r *run) begun(ctx context.Context) (bool, error) {
 
 // exported tells whether QEMU offers all disks: the last thing that libvirt
 // does when it begins a backup.
-func (r *run) exported(ctx context.Context) bool {
+func (r live) exported(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, callLimit)
 	defer cancel()
 	for _, d := range r.spec().Backup.Disks {
@@ -148,13 +148,13 @@ func (r *run) fixed(ctx context.Context, point transfer.Go) error {
 	if err := r.job.Step(ctx, stepCopying, r.stepData); err != nil {
 		return err
 	}
-	r.rememberCheckpoint(ctx)
+	r.source().remember(ctx)
 	return nil
 }
 
-// rememberCheckpoint records the checkpoint's definition, without which it
+// remember records the checkpoint's definition, without which it
 // cannot be the base of an increment. Not having it costs no more than that.
-func (r *run) rememberCheckpoint(ctx context.Context) {
+func (r live) remember(ctx context.Context) {
 	if r.Plan.Checkpoint == "" || r.remembered {
 		return
 	}

@@ -7,11 +7,9 @@ import (
 	"sync"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
-	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
 	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
-	"github.com/virtbackup/virtbackup/dbus"
 )
 
 // copy lets the worker copy and commit, and returns the manifest that is in the
@@ -54,26 +52,39 @@ func committed(result *transfer.Result, backup string) *repository.Manifest {
 	return nil
 }
 
-// follow follows the worker to its end. As soon as it has copied, libvirt's
-// backup is ended: the guest's writes are not slowed any longer.
+// follow follows the worker to its end. As soon as it has copied, the exports
+// are ended: the guest's writes are not slowed any longer.
 func (r *run) follow(ctx context.Context, worker *supervise.Worker) (*transfer.Result, error) {
 	var tasks sync.WaitGroup
 	defer tasks.Wait()
 	following, abort := context.WithCancelCause(ctx)
 	defer abort(nil)
-	copying, copied := context.WithCancel(following)
-	defer copied()
-	tasks.Go(func() { r.watch(copying, abort) })
+	copying, done := context.WithCancel(following)
+	defer done()
+	tasks.Go(func() { r.source().watch(copying, abort) })
 	end := sync.OnceFunc(func() {
-		copied()
+		done()
 		// An error here is met again when the backup is finished or undone.
-		tasks.Go(func() { _ = r.Hypervisor.EndBackup(following, r.Plan.Domain) })
+		tasks.Go(func() { _ = r.source().end(following) })
+	})
+	confirm := sync.OnceFunc(func() {
+		tasks.Go(func() {
+			err := r.source().confirm(following)
+			if err == nil {
+				err = worker.Confirm()
+			}
+			if err != nil {
+				abort(err)
+			}
+		})
 	})
 	result, err := worker.Follow(following, func(s transfer.Status) {
 		r.progress(s)
-		switch s.Phase {
-		case transfer.PhaseFlushing, transfer.PhaseVerifying, transfer.PhaseCommitting:
+		if copied(s) {
 			end()
+		}
+		if s.Phase == transfer.PhaseConfirming {
+			confirm()
 		}
 	})
 	switch {
@@ -82,54 +93,9 @@ func (r *run) follow(ctx context.Context, worker *supervise.Worker) (*transfer.R
 	case err != nil || result.Error == nil:
 		return result, err
 	case result.Error.Class == transfer.ClassSource:
-		return nil, r.sourceFailed(ctx, result.Error)
+		return nil, r.source().lost(ctx, result.Error)
 	}
 	return nil, failure.Worker(following, r.Plan.Repository.Name, result.Error)
-}
-
-// watch aborts the copy when it has made the guest stop: QEMU pauses a domain
-// whose old data it cannot save, because the scratch space is full.
-func (r *run) watch(ctx context.Context, abort context.CancelCauseFunc) {
-	events := r.Hypervisor.Subscribe(ctx)
-	for {
-		state, reason, err := r.Hypervisor.State(ctx, r.Plan.Domain)
-		if err == nil && state == hypervisor.StatePaused && reason == hypervisor.ReasonIOError {
-			abort(failure.Errorf(dbus.ErrLimitsExceeded, "domain %q was paused by an I/O error while it was being backed up, and the backup was ended: is there space below %s?",
-				r.Plan.DomainName, r.Settings().ScratchDirectory))
-			// Now, and not when the worker has stopped: the guest does not wait for a repository that hangs.
-			// An error here is met again when the backup is undone.
-			limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), callLimit)
-			defer cancel()
-			_ = r.Hypervisor.EndBackup(limited, r.Plan.Domain)
-			return
-		}
-		if !r.awaitEvent(events) {
-			return
-		}
-	}
-}
-
-// awaitEvent waits for an event after which the domain may be paused; false:
-// there will be none.
-func (r *run) awaitEvent(events <-chan hypervisor.Event) bool {
-	for e := range events {
-		if e.Kind == hypervisor.EventMissed || e.UUID == r.Plan.Domain && (e.Kind == hypervisor.EventLifecycle || e.Kind == hypervisor.EventIOError) {
-			return true
-		}
-	}
-	return false
-}
-
-// sourceFailed says why the export went away, if the domain tells.
-func (r *run) sourceFailed(ctx context.Context, cause error) error {
-	state, reason, err := r.Hypervisor.State(ctx, r.Plan.Domain)
-	switch {
-	case errors.Is(err, hypervisor.ErrNoDomain):
-		return failure.Errorf(dbus.ErrFailed, "domain %q ended while it was being backed up: %w", r.Plan.DomainName, cause)
-	case err == nil && (state == hypervisor.StateShutoff || state == hypervisor.StateCrashed || state == hypervisor.StateShutdown):
-		return failure.Errorf(dbus.ErrFailed, "domain %q stopped (%s) while it was being backed up, start it and back it up again: %w", r.Plan.DomainName, reason, cause)
-	}
-	return fmt.Errorf("cannot read the disks of domain %q: %w", r.Plan.DomainName, cause)
 }
 
 // lookForManifest finds out whether a worker that is gone had committed the

@@ -21,10 +21,10 @@ const callLimit = 30 * time.Second
 func (r *run) finish(ctx context.Context, m *repository.Manifest) error {
 	ctx, cancel := settled(ctx)
 	defer cancel()
-	r.warn(ctx, "end the backup in libvirt", r.endBackup(ctx))
+	r.warn(ctx, "end the export of the disks", r.source().end(ctx))
 	limited, stop := context.WithTimeout(ctx, callLimit)
 	defer stop()
-	r.rememberCheckpoint(limited)
+	r.source().remember(limited)
 	raw, err := json.Marshal(m)
 	if err != nil {
 		return err
@@ -35,7 +35,7 @@ func (r *run) finish(ctx context.Context, m *repository.Manifest) error {
 	}); err != nil {
 		return err
 	}
-	r.warn(ctx, "remove the scratch images", r.removeScratch())
+	r.warn(ctx, "remove what was made for the copy", r.source().remove())
 	r.warn(ctx, "remove old checkpoints", r.tidy(ctx, r.Plan.Domain))
 	r.warn(ctx, "forget the worker", r.Errands.Supervisor.Forget(ctx, r.job.Job().ID))
 	return nil
@@ -76,16 +76,6 @@ func (r *run) warn(ctx context.Context, what string, err error) {
 	if err != nil && ctx.Err() == nil {
 		r.job.Log(ctx, slog.LevelWarn, "cannot "+what+", this is tried again later: "+err.Error())
 	}
-}
-
-func (r *run) endBackup(ctx context.Context) error {
-	limited, cancel := context.WithTimeout(ctx, callLimit)
-	defer cancel()
-	err := r.Hypervisor.EndBackup(limited, r.Plan.Domain)
-	if errors.Is(err, hypervisor.ErrForeignJob) {
-		return nil // ours is gone, then
-	}
-	return err
 }
 
 // tidy leaves libvirt without any checkpoint of ours: those that are not needed

@@ -24,6 +24,7 @@ type Plan struct {
 	catalog.Settings
 	Isolated bool
 
+	Source     string // what the disks are copied from, see source
 	Kind       chain.Kind
 	Cause      chain.Cause // why it is full; "" for an increment
 	Chain      string
@@ -76,7 +77,7 @@ func newPlan(f facts) (Plan, error) {
 	p := Plan{
 		Backup: f.backup, Domain: f.domain.UUID, DomainName: f.domain.Name, Repository: f.repository,
 		Offering: f.request.Offering, Settings: f.request.Settings, Isolated: f.request.Isolated,
-		Definition: f.definition, NVRAM: f.domain.Firmware.NVRAM,
+		Source: sourceLive, Definition: f.definition, NVRAM: f.domain.Firmware.NVRAM,
 	}
 	if err := checkState(f.domain); err != nil {
 		return Plan{}, err

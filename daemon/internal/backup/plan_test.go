@@ -245,7 +245,7 @@ func checkAgreement(t *testing.T, p Plan) {
 	if incremental := p.Kind == chain.Incremental; incremental != (p.Parent != "") || incremental == (p.Chain == p.Backup) {
 		t.Errorf("%s plan has parent %q and chain %q", p.Kind, p.Parent, p.Chain)
 	}
-	spec, begin := p.backupSpec("1.0"), p.begin("/scratch")
+	spec, begin := p.backupSpec("1.0", live{&run{stepData: stepData{Plan: p}}}.server()), p.begin("/scratch")
 	var tracked []string
 	for i, k := range p.Disks {
 		d, b, m := spec.Disks[i], begin.Disks[i], spec.Manifest.Disks[i]
@@ -313,7 +313,7 @@ func TestSpecFiles(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	files := p.backupSpec("1.0").Files
+	files := p.backupSpec("1.0", server{}).Files
 	if len(files) != 2 || files[0].Name != "domain.xml" || string(files[0].Content) != "<domain/>" || files[1].Name != "nvram" || files[1].Path != d.Firmware.NVRAM {
 		t.Errorf("files are %+v", files)
 	}

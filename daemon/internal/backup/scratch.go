@@ -21,9 +21,9 @@ import (
 
 const socketSuffix = ".sock"
 
-// makeScratch makes the empty images into which QEMU saves what the guest
+// prepare makes the empty images into which QEMU saves what the guest
 // overwrites while it is copied, and the directory for its socket.
-func (r *run) makeScratch(ctx context.Context) error {
+func (r live) prepare(ctx context.Context) error {
 	s := r.Settings()
 	uid, gid, err := qemuUser()
 	if err != nil {
@@ -32,7 +32,7 @@ func (r *run) makeScratch(ctx context.Context) error {
 	if err := makeSocketDirectory(uid, gid); err != nil {
 		return err
 	}
-	if err := r.removeScratch(); err != nil {
+	if err := r.remove(); err != nil {
 		return err
 	}
 	// Others may pass through these two, and list nothing: QEMU has to come to its files.
@@ -77,8 +77,8 @@ func makeImage(ctx context.Context, path string, size uint64, uid, gid int) erro
 	return nil
 }
 
-// removeScratch removes the scratch images and the socket, if there are any.
-func (r *run) removeScratch() error {
+// remove removes the scratch images and the socket, if there are any.
+func (r live) remove() error {
 	return removeScratch(r.Settings().ScratchDirectory, r.Plan.Backup)
 }
 

@@ -15,9 +15,8 @@ const (
 	nvramFile      = "nvram"
 )
 
-// exportedBitmap is what NBD calls the bitmap that libvirt exports by default
-// (QEMU docs/interop/nbd.txt).
-func exportedBitmap(target string) string { return "qemu:dirty-bitmap:backup-" + target }
+// exportedBitmap is what NBD calls an exported bitmap (QEMU docs/interop/nbd.txt).
+func exportedBitmap(name string) string { return "qemu:dirty-bitmap:" + name }
 
 func (p Plan) socket() string {
 	return filepath.Join(hypervisor.SocketDirectory, p.Backup+socketSuffix)
@@ -28,20 +27,20 @@ func (p Plan) scratch(directory, target string) string {
 	return filepath.Join(directory, p.Backup, target+".qcow2")
 }
 
-// backupSpec is what the worker is asked to copy.
-func (p Plan) backupSpec(version string) *transfer.BackupSpec {
+// backupSpec is what the worker is asked to copy from a server of exports.
+func (p Plan) backupSpec(version string, from server) *transfer.BackupSpec {
 	b := &transfer.BackupSpec{
-		Manifest: p.manifest(version), Compression: p.Compression, Level: p.Level, Threads: p.Threads,
+		Confirm: from.confirm, Manifest: p.manifest(version), Compression: p.Compression, Level: p.Level, Threads: p.Threads,
 		Files: []transfer.FileSpec{{Name: definitionFile, Content: []byte(p.Definition)}},
 	}
 	if p.NVRAM != "" {
 		b.Files = append(b.Files, transfer.FileSpec{Name: nvramFile, Path: p.NVRAM})
 	}
 	for _, k := range p.Disks {
-		one := transfer.BackupDisk{Target: k.Target, Socket: p.socket(), Export: k.Target, Size: k.Size}
+		one := transfer.BackupDisk{Target: k.Target, Socket: from.socket, Export: k.Target, Size: k.Size}
 		switch k.Changes {
 		case chain.CBT:
-			one.Bitmap = exportedBitmap(k.Target)
+			one.Bitmap = exportedBitmap(from.bitmap(k.Target))
 		case chain.Digest:
 			one.Compare = true
 		}
@@ -76,7 +75,7 @@ func (p Plan) manifest(version string) repository.Manifest {
 func (r *run) spec() transfer.Spec {
 	return transfer.Spec{
 		Job: r.job.Job().ID, Operation: transfer.OperationBackup, Repository: r.Errands.Repository(r.Plan.Repository),
-		Domain: r.Plan.Domain, Backup: r.Plan.backupSpec(r.Version),
+		Domain: r.Plan.Domain, Backup: r.Plan.backupSpec(r.Version, r.source().server()),
 	}
 }
 

@@ -32,7 +32,7 @@ func (k *Kind) Undo(ctx context.Context, h *job.Handle) error {
 		return ignoreGone(k.tidy(ctx, h.Job().Domain))
 	}
 	left, err := r.stopWorker(ctx)
-	failed := []error{err, r.endBackup(ctx), r.removeScratch()}
+	failed := []error{err, r.source().end(ctx), r.source().remove()}
 	message := "unknown"
 	if h.Failure() != nil {
 		message = h.Failure().Error()

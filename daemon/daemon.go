@@ -23,6 +23,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/errand"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
+	"github.com/virtbackup/virtbackup/daemon/internal/lifecycle"
 	"github.com/virtbackup/virtbackup/daemon/internal/quiesce"
 	"github.com/virtbackup/virtbackup/daemon/internal/removal"
 	"github.com/virtbackup/virtbackup/daemon/internal/restore"
@@ -30,12 +31,14 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
 	"github.com/virtbackup/virtbackup/daemon/internal/verification"
 	"github.com/virtbackup/virtbackup/dbus"
+	"github.com/virtbackup/virtbackup/hooks/spool"
 	"github.com/virtbackup/virtbackup/policy"
 	"github.com/virtbackup/virtbackup/systemd/jobunit"
 )
 
 const (
 	workerProgram = "/usr/libexec/virtbackup/virtbackup-worker"
+	hookProgram   = "/etc/libvirt/hooks/qemu.d/virtbackup"
 	stopWorker    = 30 * time.Second // for a worker to clean up after a cancel
 	stopLimit     = 10 * time.Second // for calls under way when the daemon stops
 	reconcileEach = time.Minute
@@ -58,6 +61,7 @@ type app struct {
 
 	catalog    *catalog.Catalog
 	hypervisor *hypervisor.Hypervisor
+	lifecycle  *lifecycle.Keeper
 	units      *jobunit.Manager
 	server     *bus.Server
 	backup     *backup.Kind
@@ -138,6 +142,9 @@ func (a *app) wire() {
 	supervisor := supervise.New(a.units, supervise.Options{
 		Directory: filepath.Join(c.Daemon.RuntimeDirectory, "jobs"), Worker: workerProgram, StopAfter: stopWorker, Log: a.log,
 	})
+	a.lifecycle = lifecycle.New(lifecycle.Deps{
+		Catalog: a.catalog, Domains: a.hypervisor, SpoolDirectory: spool.Directory, HookPath: hookProgram, Log: a.log,
+	})
 	errands := errand.Sender{Supervisor: supervisor, Limits: a.limits, KeyFile: a.keyPath()}
 	a.backup = backup.New(backup.Deps{
 		Catalog: a.catalog, Hypervisor: a.hypervisor, Errands: errands, Settings: a.backupSettings, Version: version, Log: a.log,
@@ -168,7 +175,7 @@ func (a *app) wire() {
 		a.log.Warn("cannot tell the name of this host", "error", err)
 	}
 	a.service = service.New(service.Deps{
-		Catalog: a.catalog, Jobs: a.engine, Domains: a.hypervisor, Restore: restores, Config: c, Reload: a.reload,
+		Catalog: a.catalog, Jobs: a.engine, Domains: a.hypervisor, Restore: restores, Lifecycle: a.lifecycle, Config: c, Reload: a.reload,
 		Host: host, Version: version, Log: a.log,
 	})
 	a.service.Notify(a.server)
@@ -193,7 +200,7 @@ func (a *app) serve(ctx context.Context) error {
 		return err
 	}
 	defer a.engine.Stop()
-	for _, f := range []func(context.Context){a.service.Run, a.reloadOnHangup} {
+	for _, f := range []func(context.Context){a.service.Run, a.lifecycle.Run, a.reloadOnHangup} {
 		background.Go(func() { f(ctx) })
 	}
 	if err := a.server.Start(ctx, a.service); err != nil {

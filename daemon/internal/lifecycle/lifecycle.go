@@ -30,7 +30,9 @@ import (
 
 // Domains is what a Keeper asks libvirt.
 type Domains interface {
+	// ByUUID's error is hypervisor.ErrNoDomain when there is none.
 	ByUUID(ctx context.Context, uuid string) (hypervisor.Domain, error)
+	Subscribe(ctx context.Context) <-chan hypervisor.Event
 }
 
 // Deps is what a Keeper is made of.
@@ -283,4 +285,3 @@ func (k *Keeper) look(ctx context.Context, d hypervisor.Domain) (Observation, er
 	all.Wait()
 	return o, nil
 }
-

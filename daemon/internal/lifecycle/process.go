@@ -7,15 +7,6 @@ import (
 	"strings"
 )
 
-// bootID names this boot of the kernel (random(4)).
-func bootID() (string, error) {
-	text, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return "", fmt.Errorf("cannot tell which boot of the host this is: %w", err)
-	}
-	return strings.TrimSpace(string(text)), nil
-}
-
 // qemuProcess names the QEMU process of a domain of qemu:///system; "" if there
 // is none to be found.
 func qemuProcess(domain string) string {
@@ -41,4 +32,13 @@ func process(pidFile string) string {
 		return ""
 	}
 	return pid + "@" + fields[startTime]
+}
+
+// bootID names this boot of the kernel (random(4)).
+func bootID() (string, error) {
+	text, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", fmt.Errorf("cannot tell which boot of the host this is: %w", err)
+	}
+	return strings.TrimSpace(string(text)), nil
 }

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/virtbackup/virtbackup/dbus"
 )
@@ -160,10 +161,11 @@ func TestInputStates(t *testing.T) {
 	refuses(t, "shut off", h.try(g, dbus.BackupOptions{}), dbus.ErrUnsupported, `"input-states"`, "not running", "start it")
 	virsh(t, "start", g.name)
 	virsh(t, "suspend", g.name)
-	agent := dbus.QuiesceAgent
-	b := h.backup(g, dbus.BackupOptions{Settings: dbus.Settings{Quiesce: &agent}})
-	if b.Consistency != dbus.ConsistencyCrash || g.state() != "paused" {
-		t.Errorf("a domain that the admin paused: %s, and it is %s", b.Consistency, g.state())
+	agent, prefer := dbus.QuiesceAgent, dbus.QuiescePrefer
+	refuses(t, "paused", h.try(g, dbus.BackupOptions{Settings: dbus.Settings{Quiesce: &agent}}), dbus.ErrUnavailable, `"input-states"`, "paused by its admin", "prefer")
+	b := h.backup(g, dbus.BackupOptions{Settings: dbus.Settings{Quiesce: &agent, QuiescePolicy: &prefer}})
+	if b.Consistency != dbus.ConsistencyCrash || b.Shortfall != "the domain was paused by its admin" || b.HeldUsec != 0 || g.state() != "paused" {
+		t.Errorf("a domain that the admin paused: %s, %q, held for %v, and it is %s", b.Consistency, b.Shortfall, time.Duration(b.HeldUsec)*time.Microsecond, g.state())
 	}
 	h.chainIsExact(b, g.snapshot())
 	if reason := virsh(t, "domstate", g.name, "--reason"); !strings.Contains(reason, "user") {
@@ -172,8 +174,8 @@ func TestInputStates(t *testing.T) {
 	virsh(t, "resume", g.name)
 	none := dbus.QuiesceSuspend
 	b = h.backup(g, dbus.BackupOptions{Settings: dbus.Settings{Quiesce: &none}})
-	if b.Kind != dbus.KindIncremental || g.state() != "running" {
-		t.Errorf("%s after %v, and the domain is %s", b.Kind, b.Causes, g.state())
+	if b.Kind != dbus.KindIncremental || b.Consistency != dbus.ConsistencySuspended || b.HeldUsec == 0 || g.state() != "running" {
+		t.Errorf("%s after %v, %s, held for %v, and the domain is %s", b.Kind, b.Causes, b.Consistency, time.Duration(b.HeldUsec)*time.Microsecond, g.state())
 	}
 	// The port of the panic device: what a guest's kernel does when it dies.
 	virsh(t, "qemu-monitor-command", g.name, "--hmp", "o /b 0x505 1")

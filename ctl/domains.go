@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strconv"
@@ -51,9 +52,7 @@ func (a *app) domainCommand() *cobra.Command {
 		a.say("Domain %s is assigned to no offering; its backups stay.", d.Name)
 		return a.jsonRecord(dbus.Get[dbus.DomainProperties](ctx, c, d.UUID))
 	})
-	show := a.domainVerb("show", "Show a domain", func(ctx context.Context, c *dbus.Client, d dbus.DomainProperties) error {
-		return a.show(d, func(p *page) { domainPage(p, d) })
-	})
+	show := a.domainVerb("show", "Show a domain, and what its next backup would do", a.showDomain)
 	return group("domain", "Manage domains", list, assign, unassign, show)
 }
 
@@ -88,7 +87,35 @@ func domainTable(p *page, domains []dbus.DomainProperties) {
 	p.table([]string{"DOMAIN", "STATE", "OFFERING", "PROTECTION", "LAST BACKUP", ">CHAIN", "ERROR"}, rows)
 }
 
-func domainPage(p *page, d dbus.DomainProperties) {
+// domainView is what is shown of a domain.
+type domainView struct {
+	domain   dbus.DomainProperties
+	tracking []dbus.DomainTracking
+	marks    []dbus.Mark
+}
+
+// shownMarks is how much of what was seen is shown to people; JSON has all.
+const shownMarks = 10
+
+func (a *app) showDomain(ctx context.Context, c *dbus.Client, d dbus.DomainProperties) error {
+	tracking, err := c.DomainTracking(ctx, d.UUID)
+	if err != nil {
+		return err
+	}
+	limit := uint32(shownMarks)
+	if a.json != jsonOff {
+		limit = 1000
+	}
+	marks, err := c.DomainMarks(ctx, d.UUID, limit)
+	if err != nil {
+		return err
+	}
+	all := append(members(d), member{"tracking", tracking}, member{"marks", marks})
+	return a.show(all, func(p *page) { domainPage(p, domainView{d, tracking, marks}) })
+}
+
+func domainPage(p *page, s domainView) {
+	d := s.domain
 	last, open := "", ""
 	if d.LastBackup != "" {
 		last = fmt.Sprintf("%s, %s", d.LastBackup, moment(d.LastBackupTime))
@@ -107,16 +134,45 @@ func domainPage(p *page, d dbus.DomainProperties) {
 		"Chain", open,
 		"Job", d.Job,
 	)
+	p.line("")
+	diskTable(p, d.Disks)
+	if len(s.tracking) > 0 {
+		p.line("")
+		trackingTable(p, s.tracking)
+	}
+	if len(s.marks) > 0 {
+		p.line("")
+		markTable(p, s.marks)
+	}
+}
+
+func diskTable(p *page, disks []dbus.DomainDisk) {
 	var rows [][]string
-	for _, disk := range d.Disks {
+	for _, disk := range disks {
 		included := "yes"
 		if !disk.Included {
-			included = "no"
+			included = "no: " + disk.Cause
 		}
-		rows = append(rows, []string{disk.Target, disk.Format, size(disk.Size), included, string(disk.Tracking), disk.Source, disk.Cause})
+		rows = append(rows, []string{disk.Target, disk.Format, size(disk.Size), disk.Source, included})
 	}
-	p.line("")
-	p.table([]string{"DISK", "FORMAT", ">SIZE", "INCLUDED", "TRACKING", "SOURCE", "CAUSE"}, rows)
+	p.table([]string{"DISK", "FORMAT", ">SIZE", "SOURCE", "INCLUDED"}, rows)
+}
+
+// trackingTable shows what the next backup would do, as far as that is known.
+func trackingTable(p *page, all []dbus.DomainTracking) {
+	var rows [][]string
+	for _, t := range all {
+		rows = append(rows, []string{t.Repository, t.Target, string(t.Tracking), moment(t.Since), dbus.CauseText(t.Cause)})
+	}
+	p.table([]string{"NEXT BACKUP TO", "DISK", "TRACKING", "SINCE", "CAUSE"}, rows)
+}
+
+func markTable(p *page, marks []dbus.Mark) {
+	var rows [][]string
+	for _, m := range marks {
+		rows = append(rows, []string{moment(m.Time), cmp.Or(m.Target, "all"), dbus.CauseText(m.Cause), m.Detail})
+	}
+	p.table([]string{"SEEN", "DISK", "CAUSE", "DETAIL"}, rows)
 }
 
 func (a *app) showCommand() *cobra.Command {
@@ -139,7 +195,7 @@ func (a *app) showAny(ctx context.Context, c *dbus.Client, name string) error {
 		if err != nil {
 			return err
 		}
-		return a.show(d, func(p *page) { domainPage(p, d) })
+		return a.showDomain(ctx, c, d)
 	} else if !isNotFound(err) {
 		return err
 	}

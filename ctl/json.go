@@ -85,15 +85,21 @@ func jsonValue(v reflect.Value) any {
 		}
 		return list
 	case reflect.Struct:
-		var record object
-		for i := range v.NumField() {
-			if key := v.Type().Field(i).Tag.Get("dbus"); key != "" {
-				record = append(record, member{snake(key), jsonValue(v.Field(i))})
-			}
-		}
-		return record
+		return jsonValue(reflect.ValueOf(members(v.Interface())))
 	}
 	return v.Interface()
+}
+
+// members returns the properties of a record.
+func members(record any) object {
+	v := reflect.ValueOf(record)
+	var all object
+	for i := range v.NumField() {
+		if key := v.Type().Field(i).Tag.Get("dbus"); key != "" {
+			all = append(all, member{snake(key), v.Field(i).Interface()})
+		}
+	}
+	return all
 }
 
 // snake turns the name of a property into that of a JSON member: DomainUuid

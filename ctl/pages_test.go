@@ -1,7 +1,10 @@
 package main
 
 import (
+	"bytes"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -74,6 +77,73 @@ func TestConsistencySaysWhatWasAskedFor(t *testing.T) {
 	} {
 		if got := consistency(b); got != want {
 			t.Errorf("%q; %q is expected", got, want)
+		}
+	}
+}
+
+func TestDomainPageTellsWhatTheNextBackupWouldDo(t *testing.T) {
+	seen := time.Date(2026, 3, 4, 5, 6, 7, 0, time.Local)
+	s := domainView{
+		domain: dbus.DomainProperties{
+			Name: "web", UUID: "u", State: "shutoff", Offering: "daily", Protection: dbus.ProtectionProtected, Chain: "01A", ChainLength: 3,
+			Disks: []dbus.DomainDisk{
+				{Target: "vda", Format: "qcow2", Size: 1 << 30, Source: "/d/a.qcow2", Tracking: dbus.TrackingCBT, Included: true},
+				{Target: "vdb", Format: "qcow2", Size: 1 << 30, Source: "/d/b.qcow2", Tracking: dbus.TrackingDigest, Cause: "changed-while-off", Included: true},
+				{Target: "sda", Format: "raw", Size: 1 << 20, Cause: "it is a cdrom", Tracking: dbus.TrackingNone},
+			},
+		},
+		tracking: []dbus.DomainTracking{
+			{Repository: "nas", Target: "vda", Tracking: dbus.TrackingCBT, Since: seen.Add(-time.Hour)},
+			{Repository: "nas", Target: "vdb", Tracking: dbus.TrackingDigest, Cause: "changed-while-off", Since: seen},
+			{Repository: "tape", Target: "vda", Tracking: dbus.TrackingNone, Cause: "first-backup"},
+		},
+		marks: []dbus.Mark{
+			{Time: seen, Target: "vdb", Cause: "changed-while-off", Detail: "/d/b.qcow2: size 5, was 4"},
+			{Time: seen.Add(-2 * time.Hour), Cause: "host-restarted"},
+		},
+	}
+	want := `    Domain: web
+      UUID: u
+     State: shutoff
+  Offering: daily
+Protection: protected
+     Chain: 01A, backups: 3
+
+DISK  FORMAT     SIZE  SOURCE      INCLUDED
+vda   qcow2   1.0 GiB  /d/a.qcow2  yes
+vdb   qcow2   1.0 GiB  /d/b.qcow2  yes
+sda   raw     1.0 MiB              no: it is a cdrom
+
+NEXT BACKUP TO  DISK  TRACKING  SINCE                CAUSE
+nas             vda   cbt       2026-03-04 04:06:07
+nas             vdb   digest    2026-03-04 05:06:07  the disk was changed while the domain was off
+tape            vda   none                           the domain has no chain in this repository yet
+
+SEEN                 DISK  CAUSE                                          DETAIL
+2026-03-04 05:06:07  vdb   the disk was changed while the domain was off  /d/b.qcow2: size 5, was 4
+2026-03-04 03:06:07  all   the host went down while the domain ran
+`
+	if diff := cmp.Diff(want, text(func(p *page) { domainPage(p, s) })); diff != "" {
+		t.Error(diff)
+	}
+	const bare = "Domain: web\n  UUID: u\n State: undefined\n\nDISK  FORMAT  SIZE  SOURCE  INCLUDED\n"
+	if diff := cmp.Diff(bare, text(func(p *page) {
+		domainPage(p, domainView{domain: dbus.DomainProperties{Name: "web", UUID: "u", State: "undefined"}})
+	})); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestDomainHasAllAsJSON(t *testing.T) {
+	var b bytes.Buffer
+	a := &app{out: &b, json: jsonShort}
+	all := append(members(dbus.DomainProperties{UUID: "u"}), member{"tracking", []dbus.DomainTracking{{Target: "vda"}}}, member{"marks", []dbus.Mark(nil)})
+	if err := a.show(all, nil); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{`{"uuid":"u",`, `"last_backup_time":null`, `"tracking":[{"repository":"","offering":"","chain":"","target":"vda","tracking":"","cause":"","since":null}],"marks":[]}`} {
+		if !strings.Contains(b.String(), want) {
+			t.Errorf("%s is not in %s", want, b.String())
 		}
 	}
 }

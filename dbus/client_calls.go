@@ -104,6 +104,17 @@ func (c *Client) FinishChain(ctx context.Context, uuid string) error {
 	return c.object(ctx, Ref{KindDomain, uuid}, "FinishChain", []any{EncodeOptions(NoOptions{})})
 }
 
+// DomainTracking returns how a domain's next backups would find what changed.
+func (c *Client) DomainTracking(ctx context.Context, uuid string) ([]DomainTracking, error) {
+	return list[DomainTracking](ctx, c, Ref{KindDomain, uuid}, "ListTracking")
+}
+
+// DomainMarks returns what was seen of a domain's disks, newest first; limit
+// as of the API.
+func (c *Client) DomainMarks(ctx context.Context, uuid string, limit uint32) ([]Mark, error) {
+	return list[Mark](ctx, c, Ref{KindDomain, uuid}, "ListMarks", limit)
+}
+
 // VerifyChain checks every backup of a chain.
 func (c *Client) VerifyChain(ctx context.Context, id string) (job string, err error) {
 	return c.job(ctx, Ref{KindChain, id}, "Verify", EncodeOptions(NoOptions{}))

@@ -56,13 +56,33 @@ type OfferingProperties struct {
 
 // DomainDisk is one of DomainProperties.Disks.
 type DomainDisk struct {
-	Target   string   `dbus:"target"`
-	Source   string   `dbus:"source"`
-	Format   string   `dbus:"format"`
-	Size     uint64   `dbus:"size"`
-	Tracking Tracking `dbus:"tracking"`
-	Cause    string   `dbus:"cause"`
-	Included bool     `dbus:"included"`
+	Target   string    `dbus:"target"`
+	Source   string    `dbus:"source"`
+	Format   string    `dbus:"format"`
+	Size     uint64    `dbus:"size"`
+	Tracking Tracking  `dbus:"tracking"`
+	Cause    string    `dbus:"cause"`
+	Since    time.Time `dbus:"since"`
+	Included bool      `dbus:"included"`
+}
+
+// DomainTracking is one of Domain.ListTracking.
+type DomainTracking struct {
+	Repository string    `dbus:"repository"`
+	Offering   string    `dbus:"offering"`
+	Chain      string    `dbus:"chain"`
+	Target     string    `dbus:"target"`
+	Tracking   Tracking  `dbus:"tracking"`
+	Cause      string    `dbus:"cause"`
+	Since      time.Time `dbus:"since"`
+}
+
+// Mark is one of Domain.ListMarks.
+type Mark struct {
+	Time   time.Time `dbus:"time"`
+	Target string    `dbus:"target"`
+	Cause  string    `dbus:"cause"`
+	Detail string    `dbus:"detail"`
 }
 
 // DomainProperties are those of org.virtbackup1.Domain.

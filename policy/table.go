@@ -61,10 +61,12 @@ func table() map[string]Action {
 		"org.virtbackup1.Offering.Update": ActionManageOfferings,
 		"org.virtbackup1.Offering.Remove": ActionManageOfferings,
 
-		"org.virtbackup1.Domain.Assign":      ActionManageDomains,
-		"org.virtbackup1.Domain.Unassign":    ActionManageDomains,
-		"org.virtbackup1.Domain.Backup":      ActionBackup,
-		"org.virtbackup1.Domain.FinishChain": ActionManageDomains,
+		"org.virtbackup1.Domain.Assign":       ActionManageDomains,
+		"org.virtbackup1.Domain.Unassign":     ActionManageDomains,
+		"org.virtbackup1.Domain.Backup":       ActionBackup,
+		"org.virtbackup1.Domain.FinishChain":  ActionManageDomains,
+		"org.virtbackup1.Domain.ListTracking": ActionView,
+		"org.virtbackup1.Domain.ListMarks":    ActionView,
 
 		"org.virtbackup1.Chain.Verify": ActionVerify,
 		"org.virtbackup1.Chain.Delete": ActionDelete,

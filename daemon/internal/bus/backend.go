@@ -77,6 +77,9 @@ type Domains interface {
 	UnassignDomain(ctx context.Context, caller Caller, uuid string) error
 	BackupDomain(ctx context.Context, caller Caller, uuid string, o dbus.BackupOptions) (job string, err error)
 	FinishChain(ctx context.Context, caller Caller, uuid string) error
+	DomainTracking(ctx context.Context, uuid string) ([]dbus.DomainTracking, error)
+	// DomainMarks returns the newest first. The limit is from 1 to 1000.
+	DomainMarks(ctx context.Context, uuid string, limit int) ([]dbus.Mark, error)
 	VerifyChain(ctx context.Context, caller Caller, id string) (job string, err error)
 	// DeleteChain and DeleteBackup return the backups that go, newest first;
 	// the job is empty for a dry run.

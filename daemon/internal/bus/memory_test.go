@@ -190,6 +190,14 @@ func (m *memory) FinishChain(_ context.Context, c Caller, uuid string) error {
 	return m.note(c, "finish %s", uuid)
 }
 
+func (m *memory) DomainTracking(_ context.Context, uuid string) ([]dbus.DomainTracking, error) {
+	return []dbus.DomainTracking{{Target: uuid, Tracking: dbus.TrackingDigest, Cause: "unseen", Since: time.UnixMicro(1_700_000_000_000_000)}}, nil
+}
+
+func (m *memory) DomainMarks(_ context.Context, uuid string, limit int) ([]dbus.Mark, error) {
+	return []dbus.Mark{{Target: uuid, Detail: fmt.Sprintf("limit %d", limit)}}, nil
+}
+
 func (m *memory) VerifyChain(_ context.Context, c Caller, id string) (string, error) {
 	return jobID, m.note(c, "verify chain %s", id)
 }

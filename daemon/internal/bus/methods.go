@@ -70,10 +70,12 @@ func parsers() map[string]parser {
 		"org.virtbackup1.Offering.Update": updateOffering,
 		"org.virtbackup1.Offering.Remove": change("remove offering", Backend.RemoveOffering),
 
-		"org.virtbackup1.Domain.Assign":      assignDomain,
-		"org.virtbackup1.Domain.Unassign":    change("unassign domain", Backend.UnassignDomain),
-		"org.virtbackup1.Domain.Backup":      backupDomain,
-		"org.virtbackup1.Domain.FinishChain": change("finish chain", Backend.FinishChain),
+		"org.virtbackup1.Domain.Assign":       assignDomain,
+		"org.virtbackup1.Domain.Unassign":     change("unassign domain", Backend.UnassignDomain),
+		"org.virtbackup1.Domain.Backup":       backupDomain,
+		"org.virtbackup1.Domain.FinishChain":  change("finish chain", Backend.FinishChain),
+		"org.virtbackup1.Domain.ListTracking": domainTracking,
+		"org.virtbackup1.Domain.ListMarks":    domainMarks,
 
 		"org.virtbackup1.Chain.Verify": startJob("verify chain", Backend.VerifyChain),
 		"org.virtbackup1.Chain.Delete": remove("delete chain", Backend.DeleteChain),

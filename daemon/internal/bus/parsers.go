@@ -139,6 +139,23 @@ func backupDomain(about dbus.Ref, a arguments) (request, error) {
 	return r, nil
 }
 
+func domainTracking(about dbus.Ref, _ arguments) (request, error) {
+	run := func(ctx context.Context, s *Server, _ Caller) ([]any, error) {
+		tracking, err := s.backend.DomainTracking(ctx, about.ID)
+		return []any{dbus.EncodeRecords(tracking)}, err
+	}
+	return request{run: run}, nil
+}
+
+func domainMarks(about dbus.Ref, a arguments) (request, error) {
+	limit, err := pageLimit(a.number(0))
+	run := func(ctx context.Context, s *Server, _ Caller) ([]any, error) {
+		marks, err := s.backend.DomainMarks(ctx, about.ID, limit)
+		return []any{dbus.EncodeRecords(marks)}, err
+	}
+	return request{run: run}, err
+}
+
 func restoreBackup(about dbus.Ref, a arguments) (request, error) {
 	name := a.text(0)
 	var o dbus.RestoreOptions

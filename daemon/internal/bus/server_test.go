@@ -187,6 +187,15 @@ func TestClientReadsWhatTheBackendSays(t *testing.T) {
 	if l, err := c.JobLog(ctx, jobID, 7); err != nil || len(l) != 1 || l[0].Message != "limit 7" {
 		t.Error(l, err)
 	}
+	if got, err := c.DomainTracking(ctx, webUUID); err != nil || len(got) != 1 || got[0].Target != webUUID || got[0].Tracking != dbus.TrackingDigest ||
+		got[0].Cause != "unseen" || got[0].Since.UnixMicro() != 1_700_000_000_000_000 {
+		t.Error(got, err)
+	}
+	for limit, want := range map[uint32]string{0: "limit 100", 7: "limit 7"} {
+		if got, err := c.DomainMarks(ctx, webUUID, limit); err != nil || len(got) != 1 || got[0].Target != webUUID || got[0].Detail != want {
+			t.Error(got, err)
+		}
+	}
 	if p, err := c.PlanRestore(ctx, backupID, dbus.PlanRestoreOptions{Name: "copy"}); err != nil || p.DomainName != "copy" || len(p.Disks) != 1 {
 		t.Error(p, err)
 	}
@@ -265,6 +274,7 @@ func TestMalformedCallsAreRefused(t *testing.T) {
 		{domain, "org.virtbackup1.Domain.Backup", []any{options{"fulll": godbus.MakeVariant(true)}}, dbus.ErrInvalidArgument},
 		{domain, "org.virtbackup1.Domain.Backup", []any{options{"offering": godbus.MakeVariant("daily"), "repository": godbus.MakeVariant("nas")}}, dbus.ErrInvalidArgument},
 		{dbus.Root, "org.virtbackup1.Manager.ListBackups", []any{options{}, "", uint32(1001)}, dbus.ErrInvalidArgument},
+		{domain, "org.virtbackup1.Domain.ListMarks", []any{uint32(1001)}, dbus.ErrInvalidArgument},
 		{domain, dbus.InterfaceProperties + ".Get", []any{"org.virtbackup1.Domain", "Colour"}, unknownProperty},
 		{domain, dbus.InterfaceProperties + ".GetAll", []any{"org.virtbackup1.Job"}, unknownInterface},
 		{domain, dbus.InterfaceProperties + ".Set", []any{"org.virtbackup1.Domain", "Name", godbus.MakeVariant("x")}, propertyReadOnly},

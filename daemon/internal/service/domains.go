@@ -106,14 +106,14 @@ func (s *Service) protection(ctx context.Context, p *dbus.DomainProperties) erro
 // disks fills in the chain that the next backup would continue, and what each
 // disk would be in it.
 func (s *Service) disks(ctx context.Context, d hypervisor.Domain, known catalog.Domain, p *dbus.DomainProperties) error {
-	var head catalog.Head
+	var next []dbus.DomainTracking
 	if known.Offering != "" {
 		o, err := s.Catalog.Offering(ctx, known.Offering)
 		if err != nil {
 			return err
 		}
-		head, err = s.Catalog.LatestChain(ctx, p.UUID, o.Repository)
-		if err != nil && !errors.Is(err, catalog.ErrNotFound) {
+		var head catalog.Head
+		if head, next, err = s.next(ctx, p.UUID, d, target{o.Repository, o.Name, o.Settings}); err != nil {
 			return err
 		}
 		if head.State == chain.Open {
@@ -126,11 +126,8 @@ func (s *Service) disks(ctx context.Context, d hypervisor.Domain, known catalog.
 		}
 		reason := backup.Skip(disk)
 		one.Included, one.Cause = reason == "", reason
-		if one.Included && head.State == chain.Open && head.Tip != nil {
-			i := slices.IndexFunc(head.Tip.Images, func(i catalog.Image) bool { return i.Target == disk.Target })
-			if i >= 0 {
-				one.Tracking = dbus.Tracking(head.Tip.Images[i].Tracking)
-			}
+		if i := slices.IndexFunc(next, func(t dbus.DomainTracking) bool { return t.Target == disk.Target }); i >= 0 {
+			one.Tracking, one.Cause, one.Since = next[i].Tracking, next[i].Cause, next[i].Since
 		}
 		p.Disks = append(p.Disks, one)
 	}

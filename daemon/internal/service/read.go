@@ -177,7 +177,17 @@ func (s *Service) ListBackups(ctx context.Context, f dbus.BackupFilter, cursor s
 	}); err != nil {
 		return nil, "", err
 	}
-	q.Offering = f.Offering
+	if f.Offering != "" {
+		ref, err := s.Find(ctx, dbus.KindOffering, f.Offering)
+		if err != nil {
+			return nil, "", err
+		}
+		o, err := s.offeringByID(ctx, ref.ID)
+		if err != nil {
+			return nil, "", failure.Named(err)
+		}
+		q.Offering = o.Name // which is what backups know
+	}
 	if f.State != nil {
 		q.States = []chain.BackupState{chain.BackupState(*f.State)}
 	}

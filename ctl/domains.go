@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -265,8 +266,24 @@ func statusPage(p *page, m dbus.ManagerProperties) {
 	p.fields(
 		"Daemon", fmt.Sprintf("virtbackupd %s on %s, since %s", m.Version, m.Host, moment(m.Started)),
 		"Libvirt", libvirt,
+		"Hook", hook(m, time.Now()),
 		"Jobs", fmt.Sprintf("%d running, %d queued", m.JobsRunning, m.JobsQueued),
 	)
+}
+
+// hook says whether libvirt tells what it does, and what to do if not.
+func hook(m dbus.ManagerProperties, now time.Time) string {
+	last := ""
+	if !m.HookLast.IsZero() {
+		last = ", last spoke " + span(max(0, now.Sub(m.HookLast))) + " ago"
+	}
+	switch m.HookState {
+	case dbus.HookMissing:
+		return "not installed: \"make install\" puts it to /etc/libvirt/hooks/qemu.d/virtbackup" + last
+	case dbus.HookInstalled:
+		return "installed, but libvirtd must be restarted once: systemctl restart libvirtd" + last
+	}
+	return string(m.HookState) + last
 }
 
 func (a *app) configCommand() *cobra.Command {

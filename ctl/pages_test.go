@@ -147,3 +147,19 @@ func TestDomainHasAllAsJSON(t *testing.T) {
 		}
 	}
 }
+
+func TestStatusTellsOfTheHook(t *testing.T) {
+	now := time.Now()
+	for want, m := range map[string]dbus.ManagerProperties{
+		"active, last spoke 3 s ago": {HookState: dbus.HookActive, HookLast: now.Add(-3 * time.Second)},
+		"active, last spoke 0 s ago": {HookState: dbus.HookActive, HookLast: now.Add(time.Second)}, // another host's clock
+		"active":                     {HookState: dbus.HookActive},
+		"installed, but libvirtd must be restarted once: systemctl restart libvirtd":    {HookState: dbus.HookInstalled},
+		`not installed: "make install" puts it to /etc/libvirt/hooks/qemu.d/virtbackup`: {HookState: dbus.HookMissing},
+		"": {},
+	} {
+		if got := hook(m, now); got != want {
+			t.Errorf("%q; %q is expected", got, want)
+		}
+	}
+}

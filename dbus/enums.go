@@ -27,6 +27,9 @@ type Tracking string
 // Fallback is what becomes of a disk whose changes are not known.
 type Fallback string
 
+// HookState is whether libvirt tells what it does with domains.
+type HookState string
+
 // RepositoryState is what is known of a repository.
 type RepositoryState string
 
@@ -79,6 +82,10 @@ const (
 
 	FallbackDigest Fallback = "digest"
 	FallbackFull   Fallback = "full"
+
+	HookMissing   HookState = "missing"
+	HookInstalled HookState = "installed"
+	HookActive    HookState = "active"
 
 	RepositoryUnknown     RepositoryState = "unknown"
 	RepositoryChecking    RepositoryState = "checking"

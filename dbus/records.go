@@ -17,6 +17,8 @@ type ManagerProperties struct {
 	Started          time.Time `dbus:"Started"`
 	LibvirtConnected bool      `dbus:"LibvirtConnected"`
 	LibvirtError     string    `dbus:"LibvirtError"`
+	HookState        HookState `dbus:"HookState"`
+	HookLast         time.Time `dbus:"HookLast"`
 	JobsRunning      uint32    `dbus:"JobsRunning"`
 	JobsQueued       uint32    `dbus:"JobsQueued"`
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
+	"github.com/virtbackup/virtbackup/daemon/internal/lifecycle"
 	"github.com/virtbackup/virtbackup/daemon/internal/restore"
 	"github.com/virtbackup/virtbackup/dbus"
 )
@@ -36,6 +37,8 @@ type Planner interface {
 type Lifecycle interface {
 	// Replay takes over what the libvirt hook has recorded.
 	Replay(ctx context.Context) error
+	// Hook says whether libvirt tells what it does.
+	Hook(ctx context.Context) (lifecycle.HookState, error)
 }
 
 // Deps is what a Service is made of.
@@ -73,7 +76,7 @@ func New(d Deps) *Service {
 }
 
 // Manager returns the state of the daemon.
-func (s *Service) Manager(context.Context) (dbus.ManagerProperties, error) {
+func (s *Service) Manager(ctx context.Context) (dbus.ManagerProperties, error) {
 	p := dbus.ManagerProperties{Version: s.Version, Host: s.Host, Started: s.started}
 	for _, j := range s.Jobs.Active() {
 		if j.State == catalog.JobQueued {
@@ -82,6 +85,9 @@ func (s *Service) Manager(context.Context) (dbus.ManagerProperties, error) {
 			p.JobsRunning++
 		}
 	}
+	if err := s.hook(ctx, &p); err != nil {
+		return p, err
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	p.LibvirtConnected = s.libvirt == nil
@@ -89,6 +95,25 @@ func (s *Service) Manager(context.Context) (dbus.ManagerProperties, error) {
 		p.LibvirtError = s.libvirt.Error()
 	}
 	return p, nil
+}
+
+// hook fills in what is known of the libvirt hook.
+func (s *Service) hook(ctx context.Context, p *dbus.ManagerProperties) error {
+	if s.Lifecycle == nil {
+		return nil
+	}
+	state, err := s.Lifecycle.Hook(ctx)
+	if err != nil {
+		return failure.Named(err)
+	}
+	p.HookState, p.HookLast = dbus.HookMissing, state.Last
+	switch state.Status {
+	case lifecycle.HookInactive:
+		p.HookState = dbus.HookInstalled
+	case lifecycle.HookActive:
+		p.HookState = dbus.HookActive
+	}
+	return nil
 }
 
 // EffectiveConfiguration returns every setting that is in force.
@@ -120,6 +145,7 @@ func (s *Service) NotifyHook(ctx context.Context) error {
 	if s.Lifecycle == nil {
 		return dbus.Errorf(dbus.ErrUnavailable, "this daemon does not watch what happens to domains")
 	}
+	s.notifier.Changed(dbus.Ref{Kind: dbus.KindManager})
 	return s.Lifecycle.Replay(ctx)
 }
 

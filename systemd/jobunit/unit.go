@@ -44,8 +44,12 @@ type Unit struct {
 	ReadOnly    []string // absolute paths
 	ReadWrite   []string // absolute paths
 	Devices     []string // absolute paths of block devices, readable and writable
-	StopAfter   time.Duration
-	Limits      Limits
+	// ReadOnlyDevices are absolute paths of block devices, readable.
+	ReadOnlyDevices []string
+	// Capabilities are those that it keeps, as a mask; 0 for those that workers need.
+	Capabilities uint64
+	StopAfter    time.Duration
+	Limits       Limits
 }
 
 // system is what any program needs to run: itself, its libraries, names of users, the time zone.
@@ -63,7 +67,7 @@ func (u Unit) check() error {
 	case u.StopAfter <= 0:
 		return errors.New("no time to stop in")
 	}
-	for _, p := range slices.Concat([]string{u.Command[0], u.Root}, u.ReadOnly, u.ReadWrite, u.Devices) {
+	for _, p := range slices.Concat([]string{u.Command[0], u.Root}, u.ReadOnly, u.ReadWrite, u.Devices, u.ReadOnlyDevices) {
 		if !filepath.IsAbs(p) || filepath.Clean(p) != p || p == "/" {
 			return fmt.Errorf("%q is not a clean absolute path below /", p)
 		}
@@ -92,23 +96,26 @@ func (u Unit) properties() []systemd.Property {
 		property("UMask", uint32(0o077)),
 		property("RootDirectory", u.Root),
 		property("MountAPIVFS", true),
-		property("BindReadOnlyPaths", binds(slices.Concat(system, []string{u.Command[0]}, u.ReadOnly))),
+		property("BindReadOnlyPaths", binds(slices.Concat(system, []string{u.Command[0]}, u.ReadOnly, u.ReadOnlyDevices))),
 		property("BindPaths", binds(slices.Concat(u.ReadWrite, u.Devices))),
 		// Also what is between the binds: a worker must not write into its root where it means a path that is missing.
 		property("ProtectSystem", "strict"),
 		property("ReadWritePaths", within(u.ReadWrite)),
-		property("DeviceAllow", allow(u.Devices)),
+		property("DeviceAllow", slices.Concat(allow(u.Devices, "rw"), allow(u.ReadOnlyDevices, "r"))),
 	}
-	return slices.Concat(p, sandbox(), u.Limits.properties())
+	return slices.Concat(p, u.sandbox(), u.Limits.properties())
 }
 
 // sandbox is what no worker needs, whatever its job. RestrictSUIDSGID= is not here: its filter answers ENOSYS to
 // openat2(2), with which workers open every path of a repository.
-func sandbox() []systemd.Property {
-	const capabilities = 1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_DAC_READ_SEARCH | 1<<unix.CAP_FOWNER
+func (u Unit) sandbox() []systemd.Property {
+	capabilities := u.Capabilities
+	if capabilities == 0 {
+		capabilities = 1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_DAC_READ_SEARCH | 1<<unix.CAP_FOWNER
+	}
 	return []systemd.Property{
 		// Owners and modes of restored files; sources and repositories may belong to anybody.
-		property("CapabilityBoundingSet", uint64(capabilities)),
+		property("CapabilityBoundingSet", capabilities),
 		property("NoNewPrivileges", true),
 		property("PrivateDevices", true),
 		// Sources are reached by NBD over unix sockets in the file system; shares are mounted by the host.
@@ -197,10 +204,10 @@ func within(paths []string) []string {
 	return w
 }
 
-func allow(devices []string) []device {
+func allow(devices []string, access string) []device {
 	a := make([]device, 0, len(devices))
 	for _, d := range devices {
-		a = append(a, device{d, "rw"})
+		a = append(a, device{d, access})
 	}
 	return a
 }

@@ -114,7 +114,7 @@ func (b Begin) documents(targets []string) (backup, checkpoint string, err error
 	if b.Checkpoint == "" {
 		return backup, "", nil
 	}
-	checkpoint, err = newCheckpoint(b.Checkpoint, targets, b.CheckpointDisks)
+	checkpoint, err = newCheckpoint(b.Checkpoint, time.Time{}, targets, b.CheckpointDisks)
 	return backup, checkpoint, err
 }
 

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os/exec"
 	"slices"
+	"time"
 
 	"libvirt.org/go/libvirt"
 )
@@ -32,65 +33,86 @@ func (b imageBitmap) consistent() bool {
 	return slices.Contains(b.Flags, "auto") && !slices.Contains(b.Flags, "in-use")
 }
 
-// offlineBitmaps looks for a bitmap in the images of a stopped domain.
+// offlineBitmaps looks for a bitmap in the images of a stopped domain. It must
+// be in the top layer alone: overlays that were made while the domain ran carry
+// bitmaps of their own under the same name, and only QEMU adds them up.
 func offlineBitmaps(ctx context.Context, dom Domain, name string) (map[string]bool, error) {
 	m := make(map[string]bool)
-	err := eachImageWith(ctx, dom, name, func(k Disk, b imageBitmap) error {
-		m[k.Target] = b.consistent()
-		return nil
-	})
-	return m, err
-}
-
-// removeOffline removes a bitmap from the images of a stopped domain. QEMU's
-// image lock makes it fail when the domain is started meanwhile. What is begun
-// is waited for, also when ctx ends: to write, QEMU marks all bitmaps of the
-// image, foreign ones too, as in use until it closes it, and killed before
-// that it would leave all of them inconsistent.
-func removeOffline(ctx context.Context, dom Domain, name string) error {
-	return eachImageWith(ctx, dom, name, func(k Disk, _ imageBitmap) error {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		return qemuImg(context.WithoutCancel(ctx), nil, "bitmap", "--remove", "-f", k.Format, k.Source, name)
-	})
-}
-
-func eachImageWith(ctx context.Context, dom Domain, name string, fn func(Disk, imageBitmap) error) error {
 	for _, k := range dom.Disks {
-		if k.Format != "qcow2" || k.Device != blockDeviceDisk || k.Source == "" {
+		if !k.canCarryBitmap() {
 			continue
 		}
-		list, err := imageBitmaps(ctx, k)
+		layers, err := Layers(ctx, k)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		for _, b := range list {
-			if b.Name != name {
-				continue
+		for i, l := range layers {
+			if b, ok := l.bitmap(name); ok {
+				m[k.Target] = i == 0 && b.consistent()
 			}
-			if err := fn(k, b); err != nil {
-				return err
-			}
+		}
+	}
+	return m, nil
+}
+
+func (k Disk) canCarryBitmap() bool {
+	return k.Format == "qcow2" && k.Device == blockDeviceDisk && k.Source != ""
+}
+
+// AddBitmap adds the bitmap of a new checkpoint to the image of a stopped
+// domain's disk, in the place of one of this name that an attempt before left.
+// QEMU's image lock makes it fail when the domain is started meanwhile.
+func AddBitmap(ctx context.Context, k Disk, name string) error {
+	if err := RemoveBitmap(ctx, k, name); err != nil {
+		return err
+	}
+	return changeBitmap(ctx, k, "--add", name)
+}
+
+// RemoveBitmap removes a bitmap from the image of a stopped domain's disk. It is
+// fine when there is none.
+func RemoveBitmap(ctx context.Context, k Disk, name string) error {
+	if !k.canCarryBitmap() {
+		return nil
+	}
+	top, err := imageInfo(ctx, k.Source, k.Format)
+	if err != nil {
+		return err
+	}
+	if _, ok := top.bitmap(name); !ok {
+		return nil
+	}
+	return changeBitmap(ctx, k, "--remove", name)
+}
+
+// changeBitmap waits for what is begun, also when ctx ends: to write, QEMU marks
+// all bitmaps of the image, foreign ones too, as in use until it closes it, and
+// killed before that it would leave all of them inconsistent.
+func changeBitmap(ctx context.Context, k Disk, what, name string) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return qemuImg(context.WithoutCancel(ctx), nil, "bitmap", what, "-f", k.Format, k.Source, name)
+}
+
+// OfflineCheckpoint describes a checkpoint whose bitmaps AddBitmap made, as
+// Redefine takes it.
+func OfflineCheckpoint(dom Domain, name string, made time.Time, carrying []string) (string, error) {
+	targets, err := diskTargets(dom.XML)
+	if err != nil {
+		return "", err
+	}
+	return newCheckpoint(name, made, targets, carrying)
+}
+
+// removeOffline removes a bitmap from the images of a stopped domain.
+func removeOffline(ctx context.Context, dom Domain, name string) error {
+	for _, k := range dom.Disks {
+		if err := RemoveBitmap(ctx, k, name); err != nil {
+			return err
 		}
 	}
 	return nil
-}
-
-// imageBitmaps lists the bitmaps of an image that no QEMU has open. The format
-// is always given: a guest may have written a header onto a raw disk.
-func imageBitmaps(ctx context.Context, k Disk) ([]imageBitmap, error) {
-	var info struct {
-		Specific struct {
-			Data struct {
-				Bitmaps []imageBitmap `json:"bitmaps"`
-			} `json:"data"`
-		} `json:"format-specific"`
-	}
-	if err := qemuImg(ctx, &info, "info", "-f", k.Format, "--output=json", k.Source); err != nil {
-		return nil, err
-	}
-	return info.Specific.Data.Bitmaps, nil
 }
 
 // qemuImg runs qemu-img, and parses its JSON into out unless that is nil.

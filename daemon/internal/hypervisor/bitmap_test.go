@@ -54,7 +54,8 @@ func TestRemovingABitmapIsNotCutOff(t *testing.T) {
 	if err := removeOffline(ctx, dom, "virtbackup-1"); err != nil {
 		t.Error(err)
 	}
-	left, err := imageBitmaps(t.Context(), dom.Disks[0])
+	info, err := imageInfo(t.Context(), image, "qcow2")
+	left := info.Specific.Data.Bitmaps
 	if err != nil || len(left) != 1 || left[0].Name != "foreign" || !left[0].consistent() {
 		t.Errorf("bitmaps %+v, error %v", left, err)
 	}

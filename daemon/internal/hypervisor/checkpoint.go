@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
+	"time"
 
 	"libvirt.org/go/libvirt"
 	"libvirt.org/go/libvirtxml"
@@ -14,12 +16,16 @@ import (
 // OursCheckpoint tells whether a checkpoint's name is one of ours.
 func OursCheckpoint(name string) bool { return strings.HasPrefix(name, checkpointOurs) }
 
-// newCheckpoint describes a checkpoint with a bitmap on some of the disks.
-func newCheckpoint(name string, targets, carrying []string) (string, error) {
+// newCheckpoint describes a checkpoint with a bitmap on some of the disks. made
+// is zero for one that libvirt is to make.
+func newCheckpoint(name string, made time.Time, targets, carrying []string) (string, error) {
 	if len(carrying) == 0 {
 		return "", fmt.Errorf("checkpoint %s would be on no disk", name)
 	}
 	x := libvirtxml.DomainCheckpoint{Name: name, Disks: &libvirtxml.DomainCheckpointDisks{}}
+	if !made.IsZero() {
+		x.CreationTime = strconv.FormatInt(made.Unix(), 10)
+	}
 	for _, t := range targets {
 		k := libvirtxml.DomainCheckpointDisk{Name: t, Checkpoint: "no"}
 		if slices.Contains(carrying, t) {

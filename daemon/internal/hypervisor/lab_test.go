@@ -273,12 +273,12 @@ func TestLabBrokenCheckpoint(t *testing.T) {
 
 func bitmapsOf(t *testing.T, file string) []string {
 	t.Helper()
-	list, err := imageBitmaps(t.Context(), Disk{Source: file, Format: "qcow2"})
+	info, err := imageInfo(t.Context(), file, "qcow2")
 	if err != nil {
 		t.Fatal(err)
 	}
 	var names []string
-	for _, b := range list {
+	for _, b := range info.Specific.Data.Bitmaps {
 		names = append(names, b.Name)
 	}
 	return names

@@ -20,6 +20,8 @@ const (
 	EventDiskChange    EventKind = "disk-change"    // Device is the alias
 	EventTrayChange    EventKind = "tray-change"    // Device is the alias; Action: open, close
 	EventBlockJob      EventKind = "block-job"      // Device is the target; Action: job type; Detail: completed, failed, canceled, ready
+	EventThreshold     EventKind = "threshold"      // a disk was filled beyond a limit that was set; Device is the target, with the index of a layer ("vda[1]")
+	EventMetadata      EventKind = "metadata"       // the domain's metadata was changed; Action: title, description, or the URI of an element
 	EventJobCompleted  EventKind = "job-completed"  // Action: backup or other; Success and Detail (error)
 	EventAgent         EventKind = "agent"          // Action: connected, disconnected
 	EventIOError       EventKind = "io-error"       // Device is the alias; Detail is the reason ("enospc")
@@ -141,6 +143,9 @@ func (s *subscribers) register(c *libvirt.Connect) ([]int, error) {
 		}
 		send(d, Event{Kind: EventJobCompleted, Action: action, Success: e.Info.JobSuccessSet && e.Info.JobSuccess, Detail: e.Info.ErrorMessage})
 	}))
+	add(c.DomainEventMetadataChangeRegister(nil, func(_ *libvirt.Connect, d *libvirt.Domain, e *libvirt.DomainEventMetadataChange) {
+		send(d, Event{Kind: EventMetadata, Action: metadata(e)})
+	}))
 	registerDevices(c, send, add)
 	if failed != nil {
 		for _, id := range ids {
@@ -172,6 +177,9 @@ func registerDevices(c *libvirt.Connect, send func(*libvirt.Domain, Event), add 
 	add(c.DomainEventBlockJob2Register(nil, func(_ *libvirt.Connect, d *libvirt.Domain, e *libvirt.DomainEventBlockJob) {
 		send(d, Event{Kind: EventBlockJob, Device: e.Disk, Action: blockJobType(e.Type), Detail: blockJobStatus(e.Status)})
 	}))
+	add(c.DomainEventBlockThresholdRegister(nil, func(_ *libvirt.Connect, d *libvirt.Domain, e *libvirt.DomainEventBlockThreshold) {
+		send(d, Event{Kind: EventThreshold, Device: e.Dev})
+	}))
 	add(c.DomainEventIOErrorReasonRegister(nil, func(_ *libvirt.Connect, d *libvirt.Domain, e *libvirt.DomainEventIOErrorReason) {
 		send(d, Event{Kind: EventIOError, Device: e.DevAlias, Detail: e.Reason})
 	}))
@@ -201,6 +209,17 @@ func lifecycle(e *libvirt.DomainEventLifecycle) (action, detail string) {
 		return n.action, "unknown"
 	}
 	return n.action, n.details[e.Detail]
+}
+
+func metadata(e *libvirt.DomainEventMetadataChange) string {
+	switch e.Type {
+	case libvirt.DOMAIN_METADATA_TITLE:
+		return "title"
+	case libvirt.DOMAIN_METADATA_DESCRIPTION:
+		return "description"
+	default:
+		return e.NSURI
+	}
 }
 
 func blockJobType(t libvirt.DomainBlockJobType) string {

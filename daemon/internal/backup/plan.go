@@ -10,6 +10,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 	"github.com/virtbackup/virtbackup/dbus"
 )
 
@@ -37,6 +38,8 @@ type Plan struct {
 	Skipped    []Skipped
 	Definition string // the domain's, as XML
 	NVRAM      string // path of the variable store; "" for none
+	TPM        string // path of the state of its TPM; "" for none
+	Secrets    []repository.Secret
 }
 
 // Disk is one disk of a Plan.
@@ -78,6 +81,7 @@ func newPlan(f facts) (Plan, error) {
 		Backup: f.backup, Domain: f.domain.UUID, DomainName: f.domain.Name, Repository: f.repository,
 		Offering: f.request.Offering, Settings: f.request.Settings, Isolated: f.request.Isolated,
 		Source: sourceLive, Definition: f.definition, NVRAM: f.domain.Firmware.NVRAM,
+		TPM: f.domain.TPM.State, Secrets: secretsOf(f.domain),
 	}
 	if err := checkState(f.domain); err != nil {
 		return Plan{}, err

@@ -60,6 +60,7 @@ func (r *run) gather(ctx context.Context) (f facts, err error) {
 	if f.definition, err = r.Hypervisor.BackupDefinition(ctx, f.domain.UUID); err != nil {
 		return f, err
 	}
+	f.domain = withoutMissing(f.domain)
 	f.oldQcow2 = oldQcow2(f.domain)
 	if f.boot, err = bootID(); err != nil {
 		return f, err
@@ -184,8 +185,8 @@ func (r *run) tell(ctx context.Context, d hypervisor.Domain) {
 	for _, s := range p.Skipped {
 		r.job.Log(ctx, slog.LevelInfo, fmt.Sprintf("disk %s is left out: %s", s.Target, s.Why))
 	}
-	if d.TPM {
-		r.job.Log(ctx, slog.LevelWarn, "the state of the domain's TPM is not part of the backup")
+	if d.TPM.Version != "" && d.TPM.State == "" && d.Active {
+		r.job.Log(ctx, slog.LevelWarn, "the state of the domain's TPM is not part of the backup: only what swtpm keeps in a directory can be")
 	}
 }
 

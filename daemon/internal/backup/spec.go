@@ -9,12 +9,6 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
 )
 
-// Names of a backup's files besides the images.
-const (
-	definitionFile = "domain.xml"
-	nvramFile      = "nvram"
-)
-
 // exportedBitmap is what NBD calls an exported bitmap (QEMU docs/interop/nbd.txt).
 func exportedBitmap(name string) string { return "qemu:dirty-bitmap:" + name }
 
@@ -31,10 +25,7 @@ func (p Plan) scratch(directory, target string) string {
 func (p Plan) backupSpec(version string, from server) *transfer.BackupSpec {
 	b := &transfer.BackupSpec{
 		Confirm: from.confirm, Manifest: p.manifest(version), Compression: p.Compression, Level: p.Level, Threads: p.Threads,
-		Files: []transfer.FileSpec{{Name: definitionFile, Content: []byte(p.Definition)}},
-	}
-	if p.NVRAM != "" {
-		b.Files = append(b.Files, transfer.FileSpec{Name: nvramFile, Path: p.NVRAM})
+		Files: p.files(),
 	}
 	for _, k := range p.Disks {
 		one := transfer.BackupDisk{Target: k.Target, Socket: from.socket, Export: k.Target, Size: k.Size}
@@ -55,7 +46,7 @@ func (p Plan) manifest(version string) repository.Manifest {
 		Format: repository.Format, Repository: repository.ID(p.Repository.Identity),
 		Domain: repository.Domain{UUID: p.Domain, Name: p.DomainName},
 		Backup: p.Backup, Parent: p.Parent, Chain: p.Chain, Kind: string(p.Kind), Isolated: p.Isolated,
-		Version: version, Quiesce: p.Quiesce,
+		Version: version, Quiesce: p.Quiesce, Secrets: p.Secrets,
 		Offering: repository.Offering{ID: p.Offering, Name: p.Offering, Compression: p.Compression, Level: p.Level},
 	}
 	for _, k := range p.Disks {

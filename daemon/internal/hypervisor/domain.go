@@ -37,7 +37,7 @@ type Domain struct {
 	StateReason    string
 	Disks          []Disk // also CD-ROMs and floppies, see Disk.Device
 	Firmware       Firmware
-	TPM            bool // an emulated TPM, whose state lives outside of the disks
+	TPM            TPM
 	HasManagedSave bool
 	Snapshots      []Snapshot
 	Checkpoints    []string // all that libvirt knows now, ours and foreign
@@ -231,7 +231,7 @@ func definedAs(c *libvirt.Connect, d *libvirt.Domain) (Domain, error) {
 	if err := def.Unmarshal(doc); err != nil {
 		return Domain{}, fmt.Errorf("cannot parse the domain's definition: %w", err)
 	}
-	out := Domain{XML: doc, Name: def.Name, UUID: def.UUID, Firmware: firmware(&def)}
+	out := Domain{XML: doc, Name: def.Name, UUID: def.UUID, Firmware: firmware(&def), TPM: tpm(&def)}
 	if def.ID != nil {
 		out.ID = *def.ID
 	}
@@ -245,9 +245,6 @@ func definedAs(c *libvirt.Connect, d *libvirt.Domain) (Domain, error) {
 		return Domain{}, err
 	}
 	if def.Devices != nil {
-		for _, t := range def.Devices.TPMs {
-			out.TPM = out.TPM || t.Backend != nil && t.Backend.Emulator != nil
-		}
 		for i := range def.Devices.Disks {
 			out.Disks = append(out.Disks, describeDisk(c, &def.Devices.Disks[i]))
 		}

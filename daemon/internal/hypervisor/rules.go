@@ -113,7 +113,9 @@ func deviceRules() rules {
 		"rng": {attrs: "model", fix: fixRNG, children: rules{
 			"backend": {attrs: "model", text: textFree}, "rate": attribs("bytes period"), "driver": anything,
 		}},
-		"tpm":      {attrs: "model", fix: fixTPM, children: rules{"backend": attribs("type version")}},
+		"tpm": {attrs: "model", fix: fixTPM, children: rules{"backend": {
+			attrs: "type version persistent_state", children: rules{"encryption": attribs("secret"), "active_pcr_banks": anything, "profile": attribs("name")},
+		}}},
 		"redirdev": {attrs: "bus type", fix: only("type", "spicevmc")},
 		"memory":   {attrs: "model", fix: only("model", "dimm"), children: rules{"target": anything}},
 	}

@@ -68,7 +68,8 @@ type Manifest struct {
 	Offering    Offering `json:"offering"`
 	Disks       []Disk   `json:"disks"`
 	Files       []File   `json:"files"`
-	HMAC        string   `json:"hmac"` // hex HMAC-SHA256 of this document with an empty hmac
+	Secrets     []Secret `json:"secrets,omitempty"` // that a restored domain needs
+	HMAC        string   `json:"hmac"`              // hex HMAC-SHA256 of this document with an empty hmac
 }
 
 // Domain names the domain that was backed up.
@@ -107,10 +108,21 @@ type Disk struct {
 
 // File is any other file of a backup.
 type File struct {
-	Name   string `json:"name"`
+	Name   string `json:"name"` // one that begins with "tpm/" lies in that directory
 	Size   uint64 `json:"size"`
 	BLAKE3 string `json:"blake3"` // hex BLAKE3-256
 }
+
+// Secret names a secret of libvirt's that something in the backup is encrypted
+// with, as it was on the host. Its value is in no backup.
+type Secret struct {
+	For   string `json:"for"`             // a disk's target, or SecretForTPM
+	UUID  string `json:"uuid,omitempty"`  // or
+	Usage string `json:"usage,omitempty"` // how libvirt finds it
+}
+
+// SecretForTPM is the For of the secret of the TPM's state.
+const SecretForTPM = "tpm"
 
 // Disk returns the disk with this target.
 func (m *Manifest) Disk(target string) (Disk, bool) {
@@ -232,7 +244,7 @@ var (
 	ulidPattern   = regexp.MustCompile(`^[0-7][0-9A-HJKMNP-TV-Z]{25}$`)
 	uuidPattern   = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
 	targetPattern = regexp.MustCompile(`^[a-z][a-z0-9]{0,31}$`)
-	filePattern   = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,63}(\.[a-z0-9_-]{1,32}){0,3}$`)
+	filePattern   = regexp.MustCompile(`^(tpm/)?[a-z0-9][a-z0-9_-]{0,63}(\.[a-z0-9_-]{1,32}){0,3}$`)
 	hostPattern   = regexp.MustCompile(`^[0-9a-f]{32}$`)
 	sumPattern    = regexp.MustCompile(`^[0-9a-f]{64}$`)
 )

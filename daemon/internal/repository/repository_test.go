@@ -59,6 +59,8 @@ func testFiles(backup string) map[string][]byte {
 		"vda.qcow2":   []byte("image of " + backup),
 		"vda.digests": []byte("digests of " + backup),
 		"domain.xml":  []byte("<domain/>"),
+
+		"tpm/tpm2-00.permall": []byte("state"),
 	}
 }
 
@@ -274,7 +276,7 @@ func TestNamesAreRefused(t *testing.T) {
 	root, r := newRepository(t)
 	outside := filepath.Join(filepath.Dir(root), "outside")
 	bad := []string{"", ".", "..", "../outside", "a/b", "/etc/passwd", "a\x00b", "a\nb", "a b", "-x", strings.Repeat("a", 300),
-		"..\\x", "é", "vda.qcow2/../../x", manifestName, pendingName}
+		"..\\x", "é", "vda.qcow2/../../x", "tpm/", "tpm/..", "tpm/../x", "tpm//x", "tpm/a/b", "/tpm/x", manifestName, pendingName}
 	s, err := r.Stage(idA)
 	if err != nil {
 		t.Fatal(err)
@@ -468,6 +470,10 @@ func TestCommitRefusesWhatDoesNotFit(t *testing.T) {
 		"other backup":  func(m *Manifest) { m.Backup = idB },
 		"parent":        func(m *Manifest) { m.Parent = idB },
 		"target":        func(m *Manifest) { m.Disks[0].Target = "../x" },
+		"held":          func(m *Manifest) { m.Held = -1 },
+		"secret":        func(m *Manifest) { m.Secrets = []Secret{{For: "tpm", UUID: "x"}} },
+		"usage":         func(m *Manifest) { m.Secrets = []Secret{{For: "vda", Usage: "a\nb"}} },
+		"use":           func(m *Manifest) { m.Secrets = []Secret{{For: "../x"}} },
 		"changes":       func(m *Manifest) { m.Disks[0].Changes = ChangesDigest }, // the image is full
 		"read bytes":    func(m *Manifest) { m.Disks[0].ReadBytes = sizeLimit + 1 },
 	} {

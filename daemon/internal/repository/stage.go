@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path"
 	"slices"
 	"strings"
 
@@ -17,6 +18,7 @@ type Stage struct {
 	backup string
 	domain string // set once the directory has its final place
 	names  []string
+	below  []string // directories in the backup's own
 }
 
 // Stage begins a backup. The directory's name carries this host's id, so that
@@ -51,7 +53,17 @@ func (s *Stage) Create(name string) (*os.File, error) {
 	if err := checkFileName(name); err != nil {
 		return nil, err
 	}
-	f, err := s.r.tree.create(s.r.stagePath(s.backup) + "/" + name)
+	dir := s.r.stagePath(s.backup)
+	var err error
+	if below := path.Dir(name); below != "." && !slices.Contains(s.below, below) {
+		if err = s.r.tree.mkdir(dir + "/" + below); err == nil {
+			s.below = append(s.below, below)
+		}
+	}
+	var f *os.File
+	if err == nil {
+		f, err = s.r.tree.create(dir + "/" + name)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("cannot create %s of backup %s: %w", name, s.backup, err)
 	}
@@ -86,6 +98,11 @@ func (s *Stage) commit(ctx context.Context, c *Claim, m *Manifest) error {
 	final := m.Domain.UUID + "/" + m.Backup
 	if there, err := t.exists(final); err != nil || there {
 		return errors.Join(err, fmt.Errorf("%s: %w", final, ErrExists))
+	}
+	for _, below := range s.below {
+		if err := t.sync(dir + "/" + below); err != nil {
+			return err
+		}
 	}
 	if err := errors.Join(t.sync(dir), c.Check()); err != nil {
 		return err

@@ -4,7 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
+	"unicode"
 )
+
+// usageLimit is the most that the usage of a secret may have, in bytes: it is a
+// path, or a name.
+const usageLimit = 4096
 
 // validate checks all that can be said about a manifest by itself.
 func (m *Manifest) validate() error {
@@ -18,8 +24,8 @@ func (m *Manifest) validate() error {
 	if m.Created < 0 || m.Finished < 0 || m.Held < 0 {
 		names = append(names, errors.New("a time is negative"))
 	}
-	if len(m.Disks) > listLimit || len(m.Files) > listLimit {
-		return fmt.Errorf("it lists %d disks and %d files, more than %d", len(m.Disks), len(m.Files), listLimit)
+	if len(m.Disks) > listLimit || len(m.Files) > listLimit || len(m.Secrets) > listLimit {
+		return fmt.Errorf("it lists %d disks, %d files and %d secrets, more than %d", len(m.Disks), len(m.Files), len(m.Secrets), listLimit)
 	}
 	seen := map[string]bool{}
 	for _, d := range m.Disks {
@@ -36,7 +42,22 @@ func (m *Manifest) validate() error {
 		seen[f.Name] = true
 		names = append(names, f.validate())
 	}
+	for _, s := range m.Secrets {
+		names = append(names, s.validate())
+	}
 	return errors.Join(names...)
+}
+
+func (s Secret) validate() error {
+	if s.UUID != "" {
+		if err := checkName("secret's UUID", uuidPattern, s.UUID); err != nil {
+			return err
+		}
+	}
+	if len(s.Usage) > usageLimit || strings.ContainsFunc(s.Usage, unicode.IsControl) {
+		return fmt.Errorf("%q is not a secret's usage", truncated(s.Usage))
+	}
+	return checkName("use of a secret", targetPattern, s.For)
 }
 
 func (m *Manifest) validateKind() error {

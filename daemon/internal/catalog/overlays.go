@@ -12,6 +12,9 @@ type Overlay struct {
 	Domain string // UUID
 	Backup string // at whose point in time it was made
 	Target string
+	// Committing: it is being committed into the layer below, or was. Once it
+	// is no layer of the disk any more, all that it held is elsewhere.
+	Committing bool
 }
 
 // AddOverlays records overlays that are about to be made.
@@ -28,6 +31,13 @@ func (c *Catalog) AddOverlays(ctx context.Context, all []Overlay) error {
 	})
 }
 
+// CommittingOverlay records that an overlay is about to be committed.
+func (c *Catalog) CommittingOverlay(ctx context.Context, path string) error {
+	return c.write(ctx, "record the commit of overlay "+path, func(tx *sql.Tx) error {
+		return exactlyOne(tx.ExecContext(ctx, "UPDATE overlays SET committing = 1 WHERE path = ?", path))
+	})
+}
+
 // RemovedOverlay records that an overlay is gone.
 func (c *Catalog) RemovedOverlay(ctx context.Context, path string) error {
 	return c.write(ctx, "forget overlay "+path, func(tx *sql.Tx) error {
@@ -36,10 +46,10 @@ func (c *Catalog) RemovedOverlay(ctx context.Context, path string) error {
 	})
 }
 
-const overlayColumns = "path, domain, backup, target"
+const overlayColumns = "path, domain, backup, target, committing"
 
 func scanOverlay(from row) (o Overlay, err error) {
-	err = from.Scan(&o.Path, &o.Domain, &o.Backup, &o.Target)
+	err = from.Scan(&o.Path, &o.Domain, &o.Backup, &o.Target, &o.Committing)
 	return o, err
 }
 

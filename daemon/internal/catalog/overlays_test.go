@@ -53,6 +53,9 @@ func TestOverlays(t *testing.T) {
 	kept("after a backup without overlay")
 
 	must(t, c.RemovedOverlay(ctx, second.Path))
+	mustBe(t, ErrNotFound, c.CommittingOverlay(ctx, second.Path))
+	must(t, c.CommittingOverlay(ctx, third.Path))
+	third.Committing = true
 	all, err := c.Overlays(ctx, "")
 	must(t, err)
 	if diff := cmp.Diff([]Overlay{first, third, fourth}, all); diff != "" {

@@ -36,9 +36,10 @@ CREATE INDEX marks_domain ON marks (domain, number);
 -- Overlays that we put on disks of domains (tracking by snapshot), recorded
 -- before they are made and until they are gone.
 CREATE TABLE overlays (
-	path   TEXT PRIMARY KEY,
-	domain TEXT NOT NULL, -- UUID
-	backup TEXT NOT NULL, -- at whose point in time it was made; no reference: it may outlive the backup
-	target TEXT NOT NULL
+	path       TEXT PRIMARY KEY,
+	domain     TEXT NOT NULL, -- UUID
+	backup     TEXT NOT NULL, -- at whose point in time it was made; no reference: it may outlive the backup
+	target     TEXT NOT NULL,
+	committing INTEGER NOT NULL DEFAULT 0 -- it is being committed into the layer below, or was
 ) STRICT;
 CREATE INDEX overlays_domain ON overlays (domain);

@@ -1,0 +1,310 @@
+package overlay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/hooks/fingerprint"
+)
+
+// Hypervisor is what a Keeper needs of libvirt.
+type Hypervisor interface {
+	ByUUID(ctx context.Context, uuid string) (hypervisor.Domain, error)
+	Domains(ctx context.Context) ([]hypervisor.Domain, error)
+	Definition(ctx context.Context, uuid string) (string, error)
+	CommitLayer(ctx context.Context, uuid, target string, base, top hypervisor.Stacked, joining bool) error
+	SetSource(ctx context.Context, uuid, target string, to hypervisor.Stacked) error
+}
+
+// Catalog is where overlays are recorded.
+type Catalog interface {
+	AddOverlays(ctx context.Context, all []catalog.Overlay) error
+	Overlays(ctx context.Context, domain string) ([]catalog.Overlay, error)
+	KeptOverlays(ctx context.Context, domain string) ([]catalog.Overlay, error)
+	CommittingOverlay(ctx context.Context, path string) error
+	RemovedOverlay(ctx context.Context, path string) error
+	Backup(ctx context.Context, id string) (catalog.Backup, error)
+}
+
+// Lifecycle is told of own work on images of domains that are off.
+type Lifecycle interface {
+	OwnWork(ctx context.Context, d hypervisor.Domain, fn func() error) error
+}
+
+// Keeper settles overlays.
+type Keeper struct {
+	Hypervisor Hypervisor
+	Catalog    Catalog
+	Lifecycle  Lifecycle
+	Log        *slog.Logger
+}
+
+// ErrHeld says that an overlay has to stay where it is for now.
+var ErrHeld = errors.New("overlay must stay")
+
+// Settle leaves the disks of a domain with the overlays that the catalog says
+// are to be kept, see catalog.KeptOverlays.
+func (k *Keeper) Settle(ctx context.Context, uuid string) error {
+	kept, err := k.Catalog.KeptOverlays(ctx, uuid)
+	if err != nil {
+		return err
+	}
+	keep := map[string]string{}
+	for _, o := range kept {
+		keep[o.Target] = o.Path
+	}
+	return k.settle(ctx, uuid, keep)
+}
+
+// Drop leaves the disks of a domain without overlays of ours.
+func (k *Keeper) Drop(ctx context.Context, uuid string) error { return k.settle(ctx, uuid, nil) }
+
+// settle may be done again after whatever ended it, and goes on then. Nobody
+// else of us may work on the domain meanwhile.
+func (k *Keeper) settle(ctx context.Context, uuid string, keep map[string]string) error {
+	d, err := k.Hypervisor.ByUUID(ctx, uuid)
+	if errors.Is(err, hypervisor.ErrNoDomain) {
+		return nil // its disks are the admin's, whatever they are called
+	}
+	if err != nil {
+		return err
+	}
+	known, err := k.Catalog.Overlays(ctx, uuid)
+	if err != nil {
+		return err
+	}
+	if len(known) == 0 && !Concerned(d) {
+		return nil
+	}
+	stacks, err := hypervisor.Stacks(ctx, d)
+	if err != nil {
+		return err
+	}
+	var failed []error
+	for target, stack := range stacks {
+		for _, c := range plan(target, stack, keep[target]) {
+			failed = append(failed, k.commit(ctx, d, c, known))
+		}
+	}
+	return errors.Join(append(failed, k.collect(ctx, uuid))...)
+}
+
+// Concerned tells by names alone whether a domain has an overlay of ours.
+func Concerned(d hypervisor.Domain) bool {
+	return slices.ContainsFunc(d.Disks, func(k hypervisor.Disk) bool {
+		return pattern.MatchString(k.Source) || slices.ContainsFunc(k.Backing, pattern.MatchString)
+	})
+}
+
+// commit does one commit, if nothing speaks against it.
+func (k *Keeper) commit(ctx context.Context, d hypervisor.Domain, c commit, known []catalog.Overlay) error {
+	if err := k.mayCommit(ctx, d, c); err != nil {
+		return fmt.Errorf("cannot commit %s into %s: %w", c.layers[0].Path, c.base.Path, err)
+	}
+	recorded := func(l hypervisor.Stacked) int {
+		return slices.IndexFunc(known, func(o catalog.Overlay) bool { return o.Path == l.Path })
+	}
+	i := recorded(c.layers[0])
+	joining := i >= 0 && known[i].Committing
+	for _, l := range c.layers {
+		if recorded(l) < 0 { // the catalog was lost, or the domain came from another host
+			backup, _ := Ours(l)
+			if err := k.Catalog.AddOverlays(ctx, []catalog.Overlay{{Path: l.Path, Domain: d.UUID, Backup: backup, Target: c.target}}); err != nil {
+				return err
+			}
+		}
+		if err := k.Catalog.CommittingOverlay(ctx, l.Path); err != nil {
+			return err
+		}
+	}
+	if !d.Active {
+		return k.Lifecycle.OwnWork(ctx, d, func() error { return k.commitOff(ctx, d, c) })
+	}
+	top := c.layers[0]
+	if c.above == nil {
+		top.Node = 0
+	}
+	return k.Hypervisor.CommitLayer(ctx, d.UUID, c.target, c.base, top, joining)
+}
+
+// mayCommit says what would be lost or damaged by a commit.
+func (k *Keeper) mayCommit(ctx context.Context, d hypervisor.Domain, c commit) error {
+	if c.base.Type != "file" && c.base.Type != "block" || c.base.Format != "qcow2" && c.base.Format != "raw" {
+		return fmt.Errorf("the layer below is of type %s and format %q: %w", c.base.Type, c.base.Format, ErrHeld)
+	}
+	if len(d.Snapshots) > 0 {
+		return fmt.Errorf("domain %q has snapshots, delete them first: %w", d.Name, ErrHeld)
+	}
+	below, err := hypervisor.ReadImage(ctx, c.base.Path, c.base.Format)
+	if err != nil {
+		return err
+	}
+	affected := []string{c.base.Path}
+	for _, l := range c.layers {
+		i, err := hypervisor.ReadImage(ctx, l.Path, l.Format)
+		switch {
+		case err != nil:
+			return err
+		case i.InternalSnapshots:
+			return fmt.Errorf("%s has internal snapshots in it, delete them first: %w", l.Path, ErrHeld)
+		case i.Size < below.Size:
+			return fmt.Errorf("%s is smaller than what is below it, the disk was shrunk: %w", l.Path, ErrHeld)
+		}
+		affected = append(affected, l.Path)
+	}
+	return k.usedByOthers(ctx, d.UUID, affected)
+}
+
+// usedByOthers finds other domains whose disks are based on what a commit changes.
+func (k *Keeper) usedByOthers(ctx context.Context, uuid string, affected []string) error {
+	all, err := k.Hypervisor.Domains(ctx)
+	if err != nil {
+		return err
+	}
+	for _, d := range all {
+		if d.UUID == uuid {
+			continue
+		}
+		for _, disk := range d.Disks {
+			paths := append([]string{disk.Source}, disk.Backing...)
+			if !d.Active && disk.Source != "" && disk.Format == "qcow2" {
+				seen := fingerprint.Take(ctx, fingerprint.Source{Target: disk.Target, Type: disk.SourceType, Path: disk.Source, Format: disk.Format})
+				for _, l := range seen.Layers {
+					paths = append(paths, l.Path)
+				}
+			}
+			if i := slices.IndexFunc(affected, func(path string) bool { return slices.Contains(paths, path) }); i >= 0 {
+				return fmt.Errorf("disk %s of domain %q is based on %s: %w", disk.Target, d.Name, affected[i], ErrHeld)
+			}
+		}
+	}
+	return nil
+}
+
+// commitOff commits layers of a domain that is off. Each step leaves a chain
+// with the same contents: what is committed stays until nothing names it.
+func (k *Keeper) commitOff(ctx context.Context, d hypervisor.Domain, c commit) error {
+	top := c.layers[0]
+	if err := hypervisor.CommitImage(ctx, c.base, top); err != nil {
+		return err
+	}
+	committed, err := os.Stat(top.Path)
+	if err != nil {
+		return err
+	}
+	if c.above != nil {
+		// It fails for the lock of the image when the domain was started.
+		if err := hypervisor.SetBacking(ctx, *c.above, c.base); err != nil {
+			return err
+		}
+		return nil // collect has the definition forget the layer
+	}
+	// A domain that was started and stopped since has written to the overlay.
+	if now, err := os.Stat(top.Path); err != nil || !now.ModTime().Equal(committed.ModTime()) || now.Size() != committed.Size() {
+		return errors.Join(err, fmt.Errorf("%s was written to: is domain %q being started?", top.Path, d.Name))
+	}
+	return k.Hypervisor.SetSource(ctx, d.UUID, c.target, c.base)
+}
+
+// collect removes overlays that are no layers of the domain's disks any more.
+func (k *Keeper) collect(ctx context.Context, uuid string) error {
+	d, err := k.Hypervisor.ByUUID(ctx, uuid)
+	if err != nil {
+		return err
+	}
+	stacks, err := hypervisor.Stacks(ctx, d)
+	if err != nil {
+		return err
+	}
+	stored, err := k.Hypervisor.Definition(ctx, uuid)
+	if err != nil {
+		return err
+	}
+	known, err := k.Catalog.Overlays(ctx, uuid)
+	if err != nil {
+		return err
+	}
+	kept, err := k.Catalog.KeptOverlays(ctx, uuid)
+	if err != nil {
+		return err
+	}
+	var failed []error
+	for _, o := range known {
+		// One to keep that is not there may be on a disk that is attached again.
+		if inStacks(stacks, o.Path) || slices.Contains(kept, o) && !o.Committing {
+			continue
+		}
+		if named := strings.Contains(stored, "'"+o.Path+"'"); named && d.Active {
+			continue // the domain will have it at its next start
+		} else if named {
+			if err := k.forgetBelow(ctx, d, stacks[o.Target], o); err != nil {
+				failed = append(failed, err)
+				continue
+			}
+		}
+		failed = append(failed, k.remove(ctx, o))
+	}
+	return errors.Join(failed...)
+}
+
+// forgetBelow has the definition of a domain that is off not name an overlay
+// any more that is no layer: libvirt records one below the top.
+func (k *Keeper) forgetBelow(ctx context.Context, d hypervisor.Domain, stack []hypervisor.Stacked, o catalog.Overlay) error {
+	if len(stack) == 0 {
+		return fmt.Errorf("%s is named by the definition of domain %q: %w", o.Path, d.Name, ErrHeld)
+	}
+	return k.Hypervisor.SetSource(ctx, d.UUID, o.Target, stack[0])
+}
+
+func inStacks(stacks map[string][]hypervisor.Stacked, path string) bool {
+	for _, stack := range stacks {
+		if slices.ContainsFunc(stack, func(l hypervisor.Stacked) bool { return l.Path == path }) {
+			return true
+		}
+	}
+	return false
+}
+
+// remove removes an overlay that nothing uses, unless what it holds is nowhere else.
+func (k *Keeper) remove(ctx context.Context, o catalog.Overlay) error {
+	if _, err := os.Lstat(o.Path); errors.Is(err, fs.ErrNotExist) {
+		return k.Catalog.RemovedOverlay(ctx, o.Path)
+	}
+	if !o.Committing {
+		unused, err := k.neverUsed(ctx, o)
+		if err != nil {
+			return err
+		}
+		if !unused {
+			k.Log.Warn("an overlay is not a layer of its domain's disk any more, and is left: see whether it is needed, and remove it",
+				"path", o.Path, "domain", o.Domain, "disk", o.Target)
+			return k.Catalog.RemovedOverlay(ctx, o.Path)
+		}
+	}
+	if err := os.Remove(o.Path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("cannot remove an overlay: %w", err)
+	}
+	return k.Catalog.RemovedOverlay(ctx, o.Path)
+}
+
+// neverUsed tells whether an overlay was made, and not put on its disk: the
+// backup came to nothing, and nobody has written to it.
+func (k *Keeper) neverUsed(ctx context.Context, o catalog.Overlay) (bool, error) {
+	b, err := k.Catalog.Backup(ctx, o.Backup)
+	if err == nil && b.State != chain.Failed && b.State != chain.Running || err != nil && !errors.Is(err, catalog.ErrNotFound) {
+		return false, err
+	}
+	if st, err := os.Lstat(o.Path); err == nil && st.Mode().IsRegular() && st.Size() == 0 {
+		return true, nil
+	}
+	return hypervisor.EmptyImage(ctx, o.Path)
+}

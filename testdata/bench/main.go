@@ -89,6 +89,11 @@ func bench(ctx context.Context, output string) (err error) {
 			return fmt.Errorf("memory: %w", err)
 		}
 	}
+	if wanted("hook") {
+		if err := b.hook(ctx, &text); err != nil {
+			return fmt.Errorf("hook: %w", err)
+		}
+	}
 	fmt.Print(text.String())
 	return os.WriteFile(output, []byte(text.String()), 0o644)
 }

@@ -95,7 +95,7 @@ func Write(ctx context.Context, directory string, r Record) (number uint64, err 
 			err = fmt.Errorf("cannot record what happened to domain %q: %w", r.Name, err)
 		}
 	}()
-	if err := os.MkdirAll(directory, 0o700); err != nil {
+	if err := makeDirectory(directory); err != nil {
 		return 0, err
 	}
 	dir, err := os.Open(directory)
@@ -112,6 +112,29 @@ func Write(ctx context.Context, directory string, r Record) (number uint64, err 
 		return 0, err
 	}
 	return number, dir.Sync()
+}
+
+// makeDirectory makes a directory, and those above it, so that they last.
+func makeDirectory(path string) error {
+	err := os.Mkdir(path, 0o700)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := makeDirectory(filepath.Dir(path)); err != nil {
+			return err
+		}
+		err = os.Mkdir(path, 0o700)
+	}
+	if err != nil {
+		if errors.Is(err, fs.ErrExist) {
+			return nil
+		}
+		return err
+	}
+	above, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer above.Close()
+	return above.Sync()
 }
 
 // writeTemporary writes a record that has no number yet, and returns its path.

@@ -281,7 +281,7 @@ func hook(m dbus.ManagerProperties, now time.Time) string {
 	case dbus.HookMissing:
 		return "not installed: \"make install\" puts it to /etc/libvirt/hooks/qemu.d/virtbackup" + last
 	case dbus.HookInstalled:
-		return "installed, but libvirtd must be restarted once: systemctl restart libvirtd" + last
+		return "installed, but libvirtd, which is older, has not called it yet: systemctl reload libvirtd, once" + last
 	}
 	return string(m.HookState) + last
 }

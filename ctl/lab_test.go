@@ -16,6 +16,7 @@ import (
 const (
 	labGuest      = "ctl1"
 	labRepository = "/srv/ctl-test"
+	labSecond     = "/srv/ctl-test-second"
 	worker        = "/usr/libexec/virtbackup/virtbackup-worker"
 	hold          = "/run/ctl-hold"
 	// held is a worker that waits while a file is there, so that a test can
@@ -28,10 +29,12 @@ const (
 func TestScripts(t *testing.T) {
 	labRun(t, "lab-domain", "create", labGuest, "--disk", "qcow2:64M:fs", "--disk", "raw:8M", "--start")
 	t.Cleanup(func() { labRun(t, "lab-domain", "remove", labGuest) })
-	if err := os.Mkdir(labRepository, 0o700); err != nil {
-		t.Fatal(err)
+	for _, directory := range []string{labRepository, labSecond} {
+		if err := os.Mkdir(directory, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = os.RemoveAll(directory) })
 	}
-	t.Cleanup(func() { _ = os.RemoveAll(labRepository) })
 	// What a script that fails leaves behind.
 	t.Cleanup(func() { labRun(t, "systemctl", "unmask", "--runtime", "virtbackupd.service") })
 	holdWorkers(t)
@@ -40,6 +43,7 @@ func TestScripts(t *testing.T) {
 		Setup: func(env *testscript.Env) error {
 			_ = os.Remove(hold) // a script that failed may have left it
 			env.Setenv("REPOSITORY", labRepository)
+			env.Setenv("SECOND", labSecond)
 			env.Setenv("PATH", os.Getenv("PATH"))
 			env.Setenv("TERM", "xterm")
 			return nil

@@ -154,8 +154,8 @@ func TestStatusTellsOfTheHook(t *testing.T) {
 		"active, last spoke 3 s ago": {HookState: dbus.HookActive, HookLast: now.Add(-3 * time.Second)},
 		"active, last spoke 0 s ago": {HookState: dbus.HookActive, HookLast: now.Add(time.Second)}, // another host's clock
 		"active":                     {HookState: dbus.HookActive},
-		"installed, but libvirtd must be restarted once: systemctl restart libvirtd":    {HookState: dbus.HookInstalled},
-		`not installed: "make install" puts it to /etc/libvirt/hooks/qemu.d/virtbackup`: {HookState: dbus.HookMissing},
+		"installed, but libvirtd, which is older, has not called it yet: systemctl reload libvirtd, once": {HookState: dbus.HookInstalled},
+		`not installed: "make install" puts it to /etc/libvirt/hooks/qemu.d/virtbackup`:                   {HookState: dbus.HookMissing},
 		"": {},
 	} {
 		if got := hook(m, now); got != want {

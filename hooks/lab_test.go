@@ -247,6 +247,28 @@ func TestLabDaemonThatHangs(t *testing.T) {
 	g.start(t)
 	g.stop(t)
 	g.expect(t, cycle...)
+	resume()
+	g.takenOver(t)
+}
+
+// takenOver waits until the daemon has read all that was recorded of the guest.
+func (g *labGuest) takenOver(t *testing.T) {
+	t.Helper()
+	eventually(t, func() (bool, bool) { return true, len(g.records(t)) == 0 })
+}
+
+// What the hook records is read by the time that it ends, if the daemon is well.
+func TestLabDaemonThatIsWell(t *testing.T) {
+	g := newLabGuest(t)
+	g.start(t)
+	g.stop(t)
+	g.takenOver(t)
+	c := exec.Command("/etc/libvirt/hooks/qemu.d/virtbackup", g.name, "of-the-future", "begin", "-")
+	c.Stdin = strings.NewReader(virsh(t, "dumpxml", g.name))
+	if out, err := c.CombinedOutput(); err != nil || len(out) > 0 {
+		t.Errorf("%v: %s", err, out)
+	}
+	g.takenOver(t)
 }
 
 func TestLabInstalled(t *testing.T) {

@@ -97,6 +97,6 @@ func wake(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer client.Close()
+	defer func() { _ = client.Close() }()
 	return client.NotifyHook(ctx)
 }

@@ -21,6 +21,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/config"
 	"github.com/virtbackup/virtbackup/daemon/internal/errand"
+	"github.com/virtbackup/virtbackup/daemon/internal/export"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
 	"github.com/virtbackup/virtbackup/daemon/internal/lifecycle"
@@ -148,6 +149,7 @@ func (a *app) wire() {
 	errands := errand.Sender{Supervisor: supervisor, Limits: a.limits, KeyFile: a.keyPath()}
 	a.backup = backup.New(backup.Deps{
 		Catalog: a.catalog, Hypervisor: a.hypervisor, Errands: errands, Settings: a.backupSettings, Version: version, Log: a.log,
+		Keeper: a.lifecycle, Exporter: &export.Exporter{Units: a.units, Directory: filepath.Join(c.Daemon.RuntimeDirectory, "exports")},
 		Quiescer: quiesce.New(a.hypervisor, quiesce.ThawUnit{URI: c.Libvirt.URI}, quiesce.Options{
 			Directory: filepath.Join(c.Daemon.RuntimeDirectory, "frozen"), Limit: c.Libvirt.HoldLimit, Log: a.log,
 		}),
@@ -376,11 +378,12 @@ func (a *app) backupSettings() backup.Settings {
 func (a *app) makeDirectories() error {
 	c := a.settings.Load()
 	for path, mode := range map[string]os.FileMode{
-		c.Daemon.StateDirectory:                            0o711,
-		c.Daemon.RuntimeDirectory:                          0o711,
-		filepath.Join(c.Daemon.RuntimeDirectory, "jobs"):   0o700,
-		filepath.Join(c.Daemon.RuntimeDirectory, "frozen"): 0o700,
-		c.Backup.ScratchDirectory:                          0o711,
+		c.Daemon.StateDirectory:                             0o711,
+		c.Daemon.RuntimeDirectory:                           0o711,
+		filepath.Join(c.Daemon.RuntimeDirectory, "jobs"):    0o700,
+		filepath.Join(c.Daemon.RuntimeDirectory, "frozen"):  0o700,
+		filepath.Join(c.Daemon.RuntimeDirectory, "exports"): 0o700,
+		c.Backup.ScratchDirectory:                           0o711,
 	} {
 		if err := os.MkdirAll(path, mode); err != nil {
 			return fmt.Errorf("cannot make a directory of virtbackup: %w", err)

@@ -1,4 +1,4 @@
-// Package backup is the job that makes a backup of a running domain: it plans,
+// Package backup is the job that makes a backup of a domain: it plans,
 // lets a worker open the repository, fixes the point in time, lets the worker
 // copy, and commits. Before each side effect a step is recorded, so that a
 // daemon that was restarted carries on with the same backup; whatever fails is
@@ -7,7 +7,7 @@
 //	step       recorded        then                          after a restart
 //	           -               -                             plan
 //	planned    with the plan   prepare, worker               the same again, if the disks are still the same
-//	begin      before          hold, backup-begin, go on     carry on when libvirt has the job and checkpoint; else begin
+//	begin      before          fix the point in time         carry on when that was done; else the same again
 //	copying    with the point  the worker copies, commits    follow the worker
 package backup
 
@@ -24,11 +24,13 @@ import (
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/errand"
+	"github.com/virtbackup/virtbackup/daemon/internal/export"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
 	"github.com/virtbackup/virtbackup/daemon/internal/quiesce"
 	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
+	"github.com/virtbackup/virtbackup/hooks/fingerprint"
 )
 
 // KindName is the name under which the Kind is to be registered with the engine.
@@ -76,6 +78,12 @@ type Catalog interface {
 	UnfinishedJobs(ctx context.Context) ([]catalog.Job, error)
 }
 
+// Keeper knows whether disks were watched between two backups, see lifecycle.Keeper.
+type Keeper interface {
+	Observe(ctx context.Context, d hypervisor.Domain) (number int64, newest []catalog.Mark, err error)
+	OwnWork(ctx context.Context, d hypervisor.Domain, fn func() error) error
+}
+
 // Settings are read anew for each backup.
 type Settings struct {
 	ScratchDirectory   string // for scratch images, on a local disk
@@ -87,6 +95,8 @@ type Deps struct {
 	Catalog    Catalog
 	Hypervisor Hypervisor
 	Quiescer   Quiescer
+	Keeper     Keeper
+	Exporter   *export.Exporter
 	Errands    errand.Sender
 	Settings   func() Settings
 	Version    string // of this program, for manifests
@@ -129,6 +139,8 @@ const (
 type stepData struct {
 	Plan  Plan
 	Point transfer.Go // of stepBegin, not after that moment; of stepCopying
+	// Seen are the disks of a stopped domain at the point in time.
+	Seen []fingerprint.Disk
 }
 
 // run is one backup at work.
@@ -137,6 +149,9 @@ type run struct {
 	job *job.Handle
 	stepData
 	remembered bool // the checkpoint's definition is in the catalog
+	// events are those since before a stopped domain's point in time; nil when
+	// the daemon was restarted since.
+	events <-chan hypervisor.Event
 }
 
 // load reads how far the job has come.

@@ -8,8 +8,10 @@ import (
 	"slices"
 	"time"
 
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/lifecycle"
 	"github.com/virtbackup/virtbackup/daemon/internal/nbd"
 	"github.com/virtbackup/virtbackup/daemon/internal/quiesce"
 	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
@@ -141,7 +143,14 @@ func (r *run) fixed(ctx context.Context, point transfer.Go) error {
 	if err != nil {
 		return err
 	}
-	if err := r.Plan.unchanged(d); err != nil {
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	if err := r.Plan.unchanged(boot, d); err != nil {
+		return err
+	}
+	if err := r.stillWatched(ctx, d); err != nil {
 		return err
 	}
 	r.Point = point
@@ -149,6 +158,22 @@ func (r *run) fixed(ctx context.Context, point transfer.Go) error {
 		return err
 	}
 	r.source().remember(ctx)
+	return nil
+}
+
+// stillWatched says whether the disks whose bitmaps are to be used were watched
+// from the plan to the point in time.
+func (r *run) stillWatched(ctx context.Context, d hypervisor.Domain) error {
+	_, marks, err := r.Keeper.Observe(ctx, d)
+	if err != nil {
+		return err
+	}
+	for _, k := range r.Plan.Disks {
+		if m, unseen := lifecycle.Unseen(marks, k.Target, r.Plan.Mark); unseen && k.Changes == chain.CBT {
+			return failure.Errorf(dbus.ErrBusy, "something happened to disk %s of domain %q (%s) while its backup was being prepared: start the backup again",
+				k.Target, r.Plan.DomainName, m.Cause)
+		}
+	}
 	return nil
 }
 

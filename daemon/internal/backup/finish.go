@@ -95,7 +95,7 @@ func (k *Kind) tidy(ctx context.Context, uuid string) error {
 			keep[c.Name] = c
 			continue
 		}
-		err := k.Hypervisor.Delete(ctx, uuid, c.Name, c.XML)
+		err := k.delete(ctx, uuid, c.Name, c.XML)
 		if err == nil || errors.Is(err, hypervisor.ErrNoDomain) {
 			err = k.Catalog.RemovedCheckpoint(ctx, c.Name)
 		}
@@ -109,10 +109,24 @@ func (k *Kind) tidy(ctx context.Context, uuid string) error {
 		if c, any := keep[name]; any {
 			failed = append(failed, k.forget(ctx, c))
 		} else {
-			failed = append(failed, k.Hypervisor.Delete(ctx, uuid, name, ""))
+			failed = append(failed, k.delete(ctx, uuid, name, ""))
 		}
 	}
 	return errors.Join(failed...)
+}
+
+// delete removes a checkpoint with its bitmaps, which is work of our own on the
+// images of a domain that is off.
+func (k *Kind) delete(ctx context.Context, uuid, name, definition string) error {
+	d, err := k.Hypervisor.ByUUID(ctx, uuid)
+	if err != nil {
+		return err
+	}
+	work := func() error { return k.Hypervisor.Delete(ctx, uuid, name, definition) }
+	if d.Active {
+		return work()
+	}
+	return k.Keeper.OwnWork(ctx, d, work)
 }
 
 // forget has libvirt forget a checkpoint, once its definition is in the catalog:

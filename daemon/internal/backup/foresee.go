@@ -6,7 +6,6 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
-	"github.com/virtbackup/virtbackup/daemon/internal/lifecycle"
 )
 
 // Foresee says what the next backup of a domain would be, as far as that is
@@ -19,7 +18,7 @@ func Foresee(r Request, d hypervisor.Domain, last *catalog.Head, marks []catalog
 	if err != nil {
 		return chain.Verdict{}, err
 	}
-	f := facts{request: r, backup: ulid.Make().String(), domain: d, repository: catalog.Repository{ID: r.Repository}, last: last, boot: boot}
+	f := facts{request: r, backup: ulid.Make().String(), domain: d, repository: catalog.Repository{ID: r.Repository}, last: last, boot: boot, marks: marks}
 	var disks []hypervisor.Disk
 	for _, k := range d.Disks {
 		if Skip(k) == "" {
@@ -34,10 +33,5 @@ func Foresee(r Request, d hypervisor.Domain, last *catalog.Head, marks []catalog
 	for _, i := range tip.Images {
 		f.bitmaps[i.Target] = i.Tracking == chain.CBT
 	}
-	now := f.now(disks)
-	for i := range now.Disks {
-		mark, _ := lifecycle.Unseen(marks, now.Disks[i].Target, tip.Mark)
-		now.Disks[i].Unseen = mark.Cause
-	}
-	return chain.Decide(f.options(), now, f.before()), nil
+	return chain.Decide(f.options(), f.now(disks), f.before()), nil
 }

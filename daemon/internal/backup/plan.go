@@ -10,6 +10,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/lifecycle"
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 	"github.com/virtbackup/virtbackup/dbus"
 )
@@ -33,11 +34,13 @@ type Plan struct {
 	Checkpoint string // that is made at the point in time; "" for none
 	Base       string // the checkpoint whose changes are copied; "" for none
 	Mark       int64  // number of the newest mark that it takes account of
+	Run        string // of QEMU; "" when the domain is off
 
 	Disks      []Disk
 	Skipped    []Skipped
 	Definition string // the domain's, as XML
 	NVRAM      string // path of the variable store; "" for none
+	Saved      bool   // the domain is off and has a saved state
 	TPM        string // path of the state of its TPM; "" for none
 	Secrets    []repository.Secret
 }
@@ -50,8 +53,7 @@ type Disk struct {
 	Size       uint64   // bytes
 	SectorSize uint32   // bytes; 0 for the default
 	Backing    []string // paths of the layers below, top first
-	Run        string   // of QEMU; "" when the domain is off
-	Node       int      // libvirt's index of the top layer in that run
+	Node       int      // libvirt's index of the top layer in QEMU's run
 	Kind       chain.Kind
 	Changes    chain.Tracking // how an increment's are found: CBT or Digest; "" for a full image
 	Cause      chain.Cause    // why it is not an increment by CBT; "" if it is
@@ -73,6 +75,9 @@ type facts struct {
 	bitmaps    map[string]bool // target → usable, of the last one's checkpoint
 	oldQcow2   map[string]bool // targets whose qcow2 is of version 2, which has no place for bitmaps
 	boot       string          // id of the host's
+	mark       int64           // number of the newest mark
+	marks      []catalog.Mark  // the newest of each disk
+	offline    error           // why the disks of a stopped domain cannot be read
 }
 
 // newPlan decides what the backup is, or why there can be none.
@@ -80,8 +85,9 @@ func newPlan(f facts) (Plan, error) {
 	p := Plan{
 		Backup: f.backup, Domain: f.domain.UUID, DomainName: f.domain.Name, Repository: f.repository,
 		Offering: f.request.Offering, Settings: f.request.Settings, Isolated: f.request.Isolated,
-		Source: sourceLive, Definition: f.definition, NVRAM: f.domain.Firmware.NVRAM,
-		TPM: f.domain.TPM.State, Secrets: secretsOf(f.domain),
+		Source: f.source(), Run: runOf(f.boot, f.domain), Mark: f.mark, Definition: f.definition, NVRAM: f.domain.Firmware.NVRAM,
+		Saved: !f.domain.Active && f.domain.HasManagedSave,
+		TPM:   f.domain.TPM.State, Secrets: secretsOf(f.domain),
 	}
 	if err := checkState(f.domain); err != nil {
 		return Plan{}, err
@@ -92,6 +98,9 @@ func newPlan(f facts) (Plan, error) {
 	}
 	if err := checkPlaces(f.domain.Name, disks, f.repository); err != nil {
 		return Plan{}, err
+	}
+	if f.offline != nil {
+		return Plan{}, f.offline
 	}
 	p.Skipped = skipped
 	v := chain.Decide(f.options(), f.now(disks), f.before())
@@ -105,7 +114,7 @@ func newPlan(f facts) (Plan, error) {
 	for i, d := range v.Disks {
 		one := Disk{
 			Target: d.Target, Source: disks[i].Source, Format: disks[i].Format, Size: wholeSectors(disks[i].Capacity),
-			SectorSize: uint32(disks[i].LogicalBlockSize), Backing: disks[i].Backing, Run: f.run(), Node: disks[i].Index,
+			SectorSize: uint32(disks[i].LogicalBlockSize), Backing: disks[i].Backing, Node: disks[i].Index,
 			Kind: d.Kind, Changes: d.Changes, Cause: d.Cause, Tracking: d.Tracking,
 		}
 		if d.Base != "" {
@@ -133,7 +142,11 @@ func (f facts) now(disks []hypervisor.Disk) chain.Domain {
 	d := chain.Domain{InternalSnapshots: f.domain.HasInternalSnapshots()}
 	for _, k := range disks {
 		one := chain.Disk{Target: k.Target, Source: k.Source, Backing: k.Backing, Format: f.format(k), Size: wholeSectors(k.Capacity),
-			Bitmap: chain.BitmapMissing, Run: f.run(), Node: k.Index}
+			Bitmap: chain.BitmapMissing, Run: runOf(f.boot, f.domain), Node: k.Index}
+		if f.last != nil && f.last.Tip != nil {
+			mark, _ := lifecycle.Unseen(f.marks, k.Target, f.last.Tip.Mark)
+			one.Unseen = mark.Cause
+		}
 		if usable, known := f.bitmaps[k.Target]; known {
 			one.Bitmap = chain.BitmapInconsistent
 			if usable {
@@ -145,13 +158,20 @@ func (f facts) now(disks []hypervisor.Disk) chain.Domain {
 	return d
 }
 
-// run names the run of QEMU that has the disks open; "" for none. libvirt counts
-// from one again when the host or libvirtd was restarted.
-func (f facts) run() string {
-	if !f.domain.Active {
+// runOf names the run of QEMU that has the disks open; "" for none. libvirt
+// counts from one again when the host or libvirtd was restarted.
+func runOf(boot string, d hypervisor.Domain) string {
+	if !d.Active {
 		return ""
 	}
-	return fmt.Sprintf("%s/%d", f.boot, f.domain.ID)
+	return fmt.Sprintf("%s/%d", boot, d.ID)
+}
+
+func (f facts) source() string {
+	if !f.domain.Active {
+		return sourceStopped
+	}
+	return sourceLive
 }
 
 // oldQcow2Format is how the rules of chains are told of a qcow2 image that
@@ -186,7 +206,7 @@ func (f facts) before() *chain.Last {
 	return last
 }
 
-// checkState refuses a domain that has no QEMU to ask, or is busy with something else.
+// checkState refuses a domain that is busy with something else, or must be mended first.
 func checkState(d hypervisor.Domain) error {
 	switch {
 	case d.State == hypervisor.StateCrashed:
@@ -194,7 +214,7 @@ func checkState(d hypervisor.Domain) error {
 	case d.State == hypervisor.StateShutdown:
 		return failure.Errorf(dbus.ErrBusy, "domain %q is being shut down: back it up when it runs again", d.Name)
 	case !d.Active:
-		return failure.Errorf(dbus.ErrUnsupported, "domain %q is not running: start it, domains that are off cannot be backed up yet", d.Name)
+		return nil
 	case d.State == hypervisor.StatePaused && d.StateReason == hypervisor.ReasonIOError:
 		return failure.Errorf(dbus.ErrUnsupported, "domain %q is paused by an I/O error: mend its storage and resume it first", d.Name)
 	case d.State == hypervisor.StatePaused && slices.Contains([]string{"crashed", "api-error", "postcopy-failed"}, d.StateReason):
@@ -297,8 +317,12 @@ func beneath(directory, path string) bool {
 	return path == directory || strings.HasPrefix(path, strings.TrimSuffix(directory, "/")+"/")
 }
 
-// unchanged says whether the domain's disks are still those of the plan.
-func (p Plan) unchanged(d hypervisor.Domain) error {
+// unchanged says whether the domain's disks, and the run of QEMU that has them
+// open, are still those of the plan.
+func (p Plan) unchanged(boot string, d hypervisor.Domain) error {
+	if runOf(boot, d) != p.Run {
+		return failure.Errorf(dbus.ErrBusy, "domain %q was started or stopped while its backup was being prepared: start the backup again", p.DomainName)
+	}
 	disks, _, err := selectDisks(d)
 	if err != nil {
 		return err

@@ -73,7 +73,6 @@ func TestPlanRefusals(t *testing.T) {
 		name       dbus.ErrorName
 		says       string
 	}{
-		"off":                {state(hypervisor.StateShutoff, "shutdown", false), "", dbus.ErrUnsupported, "not running"},
 		"crashed":            {state(hypervisor.StateCrashed, "panicked", true), "", dbus.ErrUnsupported, "crashed"},
 		"being shut down":    {state(hypervisor.StateShutdown, "user", true), "", dbus.ErrBusy, "being shut down"},
 		"paused, I/O error":  {state(hypervisor.StatePaused, hypervisor.ReasonIOError, true), "", dbus.ErrUnsupported, "I/O error"},
@@ -202,8 +201,7 @@ func TestPlanKinds(t *testing.T) {
 			increment, "", "virtbackup-new", "virtbackup-old",
 			one{increment, chain.CBT, "", chain.CBT}, one{full, "", chain.BitmapBroken, chain.CBT}},
 		"attached anew": {after(running(disk("vda", "qcow2"), disk("vdb", "qcow2"))), func(f *facts) {
-			f.boot = "b"
-			f.domain.ID = 1
+			f.boot, f.domain.ID = "b", 1
 			for i := range f.last.Tip.Images {
 				f.last.Tip.Images[i].Run, f.last.Tip.Images[i].Node = "b/1", i+1
 				f.domain.Disks[i].Index = i + 1
@@ -211,6 +209,18 @@ func TestPlanKinds(t *testing.T) {
 			f.domain.Disks[1].Index = 7
 		}, increment, "", "virtbackup-new", "virtbackup-old",
 			one{increment, chain.CBT, "", chain.CBT}, one{increment, digest, chain.DiskReplaced, chain.CBT}},
+		"marked": {after(running(disk("vda", "qcow2"), disk("vdb", "qcow2"))), func(f *facts) {
+			f.last.Tip.Mark = 5
+			f.marks = []catalog.Mark{{Number: 6, Target: "vdb", Cause: chain.ChangedWhileOff}, {Number: 5, Cause: chain.Unseen}}
+		}, increment, "", "virtbackup-new", "virtbackup-old",
+			one{increment, chain.CBT, "", chain.CBT}, one{increment, digest, chain.ChangedWhileOff, chain.CBT}},
+		"all marked": {after(mixed), func(f *facts) {
+			f.marks = []catalog.Mark{{Number: 7, Cause: chain.Unseen}}
+		}, increment, "", "virtbackup-new", "",
+			one{increment, digest, chain.Unseen, chain.CBT}, one{increment, digest, chain.Unseen, digest}},
+		"off": {after(mixed), func(f *facts) { f.domain.Active, f.domain.State = false, hypervisor.StateShutoff },
+			increment, "", "virtbackup-new", "virtbackup-old",
+			one{increment, chain.CBT, "", chain.CBT}, one{increment, digest, chain.RawDisk, digest}},
 		"old qcow2": {after(running(disk("vda", "qcow2"), disk("vdb", "qcow2"))), func(f *facts) { f.oldQcow2 = map[string]bool{"vdb": true} },
 			chain.Incremental, "", "virtbackup-new", "virtbackup-old",
 			one{increment, chain.CBT, "", chain.CBT}, one{increment, digest, chain.RawDisk, digest}},
@@ -286,21 +296,23 @@ func TestUnchanged(t *testing.T) {
 	if p.Disks[1].Size != 1024 {
 		t.Errorf("size is %d, QEMU's would be 1024", p.Disks[1].Size)
 	}
-	if err := p.unchanged(d); err != nil {
+	if err := p.unchanged("", d); err != nil {
 		t.Errorf("unchanged disks: %v", err)
 	}
 	for name, change := range map[string]func(*hypervisor.Domain){
-		"resized":     func(d *hypervisor.Domain) { d.Disks[0].Capacity *= 2 },
-		"opened anew": func(d *hypervisor.Domain) { d.Disks[0].Index++ },
-		"replaced":    func(d *hypervisor.Domain) { d.Disks[0].Source = "/images/other" },
-		"format":      func(d *hypervisor.Domain) { d.Disks[0].Format = "raw" },
-		"attached":    func(d *hypervisor.Domain) { d.Disks = append(d.Disks, disk("vdc", "raw")) },
-		"detached":    func(d *hypervisor.Domain) { d.Disks = d.Disks[:1] },
+		"resized":      func(d *hypervisor.Domain) { d.Disks[0].Capacity *= 2 },
+		"started anew": func(d *hypervisor.Domain) { d.ID++ },
+		"stopped":      func(d *hypervisor.Domain) { d.Active = false },
+		"opened anew":  func(d *hypervisor.Domain) { d.Disks[0].Index++ },
+		"replaced":     func(d *hypervisor.Domain) { d.Disks[0].Source = "/images/other" },
+		"format":       func(d *hypervisor.Domain) { d.Disks[0].Format = "raw" },
+		"attached":     func(d *hypervisor.Domain) { d.Disks = append(d.Disks, disk("vdc", "raw")) },
+		"detached":     func(d *hypervisor.Domain) { d.Disks = d.Disks[:1] },
 	} {
 		other := d
 		other.Disks = slices.Clone(d.Disks)
 		change(&other)
-		if err := p.unchanged(other); !errors.Is(err, dbus.ErrBusy) {
+		if err := p.unchanged("", other); !errors.Is(err, dbus.ErrBusy) {
 			t.Errorf("%s: error is %v", name, err)
 		}
 	}

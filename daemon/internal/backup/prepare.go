@@ -1,6 +1,7 @@
 package backup
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -32,7 +33,7 @@ func (r *run) prepare(ctx context.Context) error {
 	if r.Plan, err = newPlan(f); err != nil {
 		return err
 	}
-	r.tell(ctx, f.domain)
+	r.tell(ctx, f)
 	step, err := r.job.NewStep(stepPlanned, r.stepData)
 	if err != nil {
 		return err
@@ -57,11 +58,18 @@ func (r *run) gather(ctx context.Context) (f facts, err error) {
 	if f.domain, err = r.lookup(ctx, f.request.Domain); err != nil {
 		return f, err
 	}
+	// Before anything else: what happens from here on leaves newer marks.
+	if f.mark, f.marks, err = r.Keeper.Observe(ctx, f.domain); err != nil {
+		return f, err
+	}
 	if f.definition, err = r.Hypervisor.BackupDefinition(ctx, f.domain.UUID); err != nil {
 		return f, err
 	}
 	f.domain = withoutMissing(f.domain)
 	f.oldQcow2 = oldQcow2(f.domain)
+	if !f.domain.Active {
+		f.offline = followBacking(ctx, f.domain)
+	}
 	if f.boot, err = bootID(); err != nil {
 		return f, err
 	}
@@ -73,7 +81,7 @@ func (r *run) gather(ctx context.Context) (f facts, err error) {
 		return f, err
 	}
 	f.last = &head
-	if head.Checkpoint != nil && f.domain.Active {
+	if head.Checkpoint != nil {
 		f.bitmaps, err = r.bitmaps(ctx, f.domain, *head.Checkpoint)
 	}
 	return f, err
@@ -117,7 +125,7 @@ func (r *run) bitmaps(ctx context.Context, d hypervisor.Domain, c catalog.Checkp
 		return nil, nil
 	}
 	var err error
-	if !slices.Contains(d.Checkpoints, c.Name) {
+	if d.Active && !slices.Contains(d.Checkpoints, c.Name) {
 		err = r.Hypervisor.Redefine(ctx, d.UUID, c.XML)
 	}
 	var usable map[string]bool
@@ -163,8 +171,8 @@ func qcow2Version(path string) (uint32, error) {
 }
 
 // tell writes into the job's log what people should know of the plan.
-func (r *run) tell(ctx context.Context, d hypervisor.Domain) {
-	p := r.Plan
+func (r *run) tell(ctx context.Context, f facts) {
+	p, d := r.Plan, f.domain
 	what := string(p.Kind)
 	if p.Cause != "" {
 		what += " (" + string(p.Cause) + ")"
@@ -182,6 +190,11 @@ func (r *run) tell(ctx context.Context, d hypervisor.Domain) {
 		disks = append(disks, one)
 	}
 	r.job.Log(ctx, slog.LevelInfo, fmt.Sprintf("%s backup of domain %q, disks: %s", what, p.DomainName, strings.Join(disks, ", ")))
+	for _, m := range f.marks {
+		if f.last != nil && f.last.Tip != nil && m.Number > f.last.Tip.Mark && m.Detail != "" {
+			r.job.Log(ctx, slog.LevelInfo, fmt.Sprintf("since the last backup, disk %s: %s (%s)", cmp.Or(m.Target, "all"), m.Detail, m.Cause))
+		}
+	}
 	for _, s := range p.Skipped {
 		r.job.Log(ctx, slog.LevelInfo, fmt.Sprintf("disk %s is left out: %s", s.Target, s.Why))
 	}
@@ -199,7 +212,11 @@ func (r *run) recheck(ctx context.Context) error {
 	if err := checkState(d); err != nil {
 		return err
 	}
-	return r.Plan.unchanged(d)
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	return r.Plan.unchanged(boot, d)
 }
 
 // row is the plan as the catalog records it.
@@ -219,6 +236,6 @@ func (p Plan) row(job string, created time.Time) catalog.Backup {
 func (p Plan) image(k Disk) catalog.Image {
 	return catalog.Image{
 		Target: k.Target, Kind: k.Kind, Tracking: k.Tracking, Changes: k.Changes, Cause: k.Cause,
-		Source: k.Source, Format: k.Format, Size: k.Size, Backing: k.Backing, Run: k.Run, Node: k.Node,
+		Source: k.Source, Format: k.Format, Size: k.Size, Backing: k.Backing, Run: p.Run, Node: k.Node,
 	}
 }

@@ -29,6 +29,7 @@ func (k *Kind) Reconcile(ctx context.Context) error {
 		k.reconcileDomains(ctx),
 		k.removeFiles(ctx),
 		k.removeWorkers(ctx),
+		k.removeExports(ctx),
 	)
 }
 
@@ -168,6 +169,29 @@ func (k *Kind) removeWorkers(ctx context.Context) error {
 		}
 		if err == nil || errors.Is(err, catalog.ErrNotFound) {
 			err = k.removeWorker(ctx, l.Job)
+		}
+		failed = append(failed, err)
+	}
+	return errors.Join(failed...)
+}
+
+// removeExports ends and removes the exports of jobs that have ended, or that
+// the catalog does not know.
+func (k *Kind) removeExports(ctx context.Context) error {
+	left, err := k.Exporter.Jobs(ctx)
+	if err != nil {
+		return err
+	}
+	var failed []error
+	for _, id := range left {
+		j, err := k.Catalog.Job(ctx, id)
+		if err == nil && !j.State.Ended() {
+			continue
+		}
+		if err == nil || errors.Is(err, catalog.ErrNotFound) {
+			if err = k.Exporter.Stop(ctx, id); err == nil {
+				err = k.Exporter.Remove(id)
+			}
 		}
 		failed = append(failed, err)
 	}

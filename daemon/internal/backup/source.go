@@ -8,7 +8,8 @@ import (
 
 // Names of the sources, as the Plan has them.
 const (
-	sourceLive = "live" // a running domain: libvirt's backup job, see live
+	sourceLive    = "live"    // a running domain: libvirt's backup job, see live
+	sourceStopped = "stopped" // a domain that is off, see stopped
 )
 
 // source is what the disks are copied from, and knows how their point in time
@@ -53,6 +54,9 @@ type server struct {
 
 // source is the one of the run's plan.
 func (r *run) source() source {
+	if r.Plan.Source == sourceStopped {
+		return stopped{r}
+	}
 	return live{r}
 }
 

@@ -41,6 +41,7 @@ const (
 	ConsistencyFilesystem  = "filesystem"
 	ConsistencySuspended   = "suspended"
 	ConsistencyCrash       = "crash"
+	ConsistencyOff         = "off" // the domain was shut off: as its last run left the disks
 )
 
 // Manifest describes one backup and is all that is needed to restore it, with

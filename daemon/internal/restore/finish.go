@@ -62,6 +62,9 @@ func (k *Kind) defineNew(ctx context.Context, h *job.Handle, r Request, s state)
 		slices.Sort(dropped)
 		h.Log(ctx, slog.LevelWarn, "the new domain goes without what a backup may not bring along: "+strings.Join(slices.Compact(dropped), ", "))
 	}
+	if err := makeTPMDirectories(s.Plan); err != nil {
+		return err
+	}
 	for _, f := range s.Files {
 		if err := f.place(); err != nil {
 			return err
@@ -88,6 +91,7 @@ func (k *Kind) undefine(ctx context.Context, s state) error {
 	for _, f := range s.Files {
 		problems = append(problems, f.remove())
 	}
+	removeTPMDirectories(s.Plan)
 	return errors.Join(problems...)
 }
 
@@ -125,6 +129,9 @@ func (k *Kind) exchangeAll(ctx context.Context, h *job.Handle, s state) error {
 	}
 	defer held.release()
 	if err := k.unused(ctx, s.Plan); err != nil {
+		return err
+	}
+	if err := makeTPMDirectories(s.Plan); err != nil {
 		return err
 	}
 	for _, f := range s.Files {

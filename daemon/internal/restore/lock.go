@@ -49,6 +49,9 @@ func (l *locks) release() {
 func lockAll(files []file) (locks, error) {
 	var held locks
 	for _, f := range files {
+		if f.Fresh {
+			continue
+		}
 		err := f.between(func(staging, final directory) error {
 			return errors.Join(held.take(staging, filepath.Base(f.Staged)), held.take(final, filepath.Base(f.Final)))
 		})

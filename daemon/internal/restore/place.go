@@ -11,6 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
 	"github.com/virtbackup/virtbackup/dbus"
 )
 
@@ -22,6 +24,7 @@ type file struct {
 	// same file system, whose device may have another number after a restart of
 	// the host.
 	Inode uint64 `json:"inode"`
+	Fresh bool   `json:"fresh"` // nothing is in its place
 }
 
 // directory is an open directory. Its path is followed only once, without
@@ -72,7 +75,14 @@ func stagings(p Plan) []string {
 // makeStaging makes the job's directories.
 func makeStaging(p Plan) error {
 	for _, path := range stagings(p) {
-		if err := makeOne(path, p.InPlace); err != nil {
+		err := error(nil)
+		if filepath.Dir(path) == hypervisor.TPMDirectory { // made by libvirt with the first TPM
+			err = makeDirectory(hypervisor.TPMDirectory, transfer.Owner{Mode: 0o711})
+		}
+		if err == nil {
+			err = makeOne(path, p.InPlace)
+		}
+		if err != nil {
 			return fmt.Errorf("cannot make a directory for the restored files: %w", err)
 		}
 	}
@@ -170,13 +180,13 @@ func readOwn(staging, name string) ([]byte, error) {
 // written lists what the worker wrote and is to stay.
 func written(p Plan) ([]file, error) {
 	var all []file
-	add := func(staging, destination string) error {
+	add := func(staging, destination string, fresh bool) error {
 		d, err := openDirectory(staging)
 		if err != nil {
 			return err
 		}
 		defer d.close()
-		f := file{Staged: filepath.Join(staging, filepath.Base(destination)), Final: destination}
+		f := file{Staged: filepath.Join(staging, filepath.Base(destination)), Final: destination, Fresh: fresh}
 		if f.Inode, err = d.inode(filepath.Base(destination)); err != nil {
 			return err
 		}
@@ -187,7 +197,7 @@ func written(p Plan) ([]file, error) {
 		return nil
 	}
 	for _, d := range p.Disks {
-		if err := add(d.Staging, d.Destination); err != nil {
+		if err := add(d.Staging, d.Destination, false); err != nil {
 			return nil, err
 		}
 	}
@@ -195,7 +205,7 @@ func written(p Plan) ([]file, error) {
 		if !f.Placed {
 			continue
 		}
-		if err := add(f.Staging, f.Destination); err != nil {
+		if err := add(f.Staging, f.Destination, f.Fresh); err != nil {
 			return nil, err
 		}
 	}
@@ -246,13 +256,22 @@ func (f file) rename(flags uint) error {
 // place moves a file to where nothing is.
 func (f file) place() error { return f.rename(unix.RENAME_NOREPLACE) }
 
-// exchange changes places with the file that is there.
-func (f file) exchange() error { return f.rename(unix.RENAME_EXCHANGE) }
+// exchange changes places with the file that is there, if there is one.
+func (f file) exchange() error {
+	if f.Fresh {
+		return f.place()
+	}
+	return f.rename(unix.RENAME_EXCHANGE)
+}
 
 // exchangeBack brings back what was there, for every file that changed places.
 func exchangeBack(files []file) error {
 	var problems []error
 	for _, f := range files {
+		if f.Fresh {
+			problems = append(problems, f.remove())
+			continue
+		}
 		err := f.between(f.giveBack)
 		if errors.Is(err, unix.ENOENT) {
 			continue // the job's directory went when all was back

@@ -39,6 +39,7 @@ type Plan struct {
 	Skipped    []string   `json:"skipped"` // targets of the definition that the new domain goes without
 	Interfaces []string   `json:"interfaces"`
 	Warnings   []string   `json:"warnings"`
+	Secrets    []string   `json:"secrets"` // those of the warnings that say which secrets are needed
 }
 
 // Disk is one disk of a Plan.
@@ -60,6 +61,7 @@ type OnlyFile struct {
 	Destination string         `json:"destination"`
 	Staging     string         `json:"staging"`
 	Placed      bool           `json:"placed"` // whether it stays
+	Fresh       bool           `json:"fresh"`  // in place: there is none that it takes the place of
 	Owner       transfer.Owner `json:"owner"`
 }
 
@@ -103,6 +105,9 @@ func (k *Kind) Plan(ctx context.Context, r Request) (Plan, error) {
 		err = k.planInPlace(ctx, b, m, &p, &no)
 	} else {
 		err = k.planNew(ctx, r, m, &p, &no)
+	}
+	if err == nil {
+		err = k.planSecrets(ctx, m, &p)
 	}
 	if err == nil && len(no) > 0 {
 		err = &RefusedError{b.ID, no}
@@ -192,6 +197,7 @@ func (k *Kind) planNew(ctx context.Context, r Request, m repository.Manifest, p 
 	if hasFile(m, nvramName) {
 		p.Files = append(p.Files, OnlyFile{Name: nvramName, Destination: free(filepath.Join(directory, r.Name+"-nvram.fd")), Placed: true})
 	}
+	planNewTPM(m, p, no)
 	switch {
 	case r.DropInterfaces:
 		p.Interfaces = []string{"no network interface is kept"}
@@ -267,6 +273,7 @@ func (k *Kind) planInPlace(ctx context.Context, b catalog.Backup, m repository.M
 			p.Warnings = append(p.Warnings, fmt.Sprintf("the firmware's variables are not restored: %v", err))
 		}
 	}
+	planTPMInPlace(m, d, p)
 	p.Interfaces = []string{"network interfaces stay as they are"}
 	p.Warnings = append(p.Warnings, fmt.Sprintf("what the disks of %q hold now is given up; its next backup is full", d.Name))
 	return nil
@@ -310,15 +317,21 @@ func existing(path string) (string, transfer.Owner, error) {
 	if err != nil {
 		return "", transfer.Owner{}, err
 	}
+	owner, err := ownerOf(real)
+	return real, owner, err
+}
+
+// ownerOf returns whose a file is, which must be one with a single name.
+func ownerOf(path string) (transfer.Owner, error) {
 	var st unix.Stat_t
-	if err := unix.Lstat(real, &st); err != nil {
-		return "", transfer.Owner{}, fmt.Errorf("cannot look at %s: %w", real, err)
+	if err := unix.Lstat(path, &st); err != nil {
+		return transfer.Owner{}, fmt.Errorf("cannot look at %s: %w", path, err)
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink > 1 {
-		return "", transfer.Owner{}, fmt.Errorf("%s is no file with a single name", real)
+		return transfer.Owner{}, fmt.Errorf("%s is no file with a single name", path)
 	}
 	uid, gid := int(st.Uid), int(st.Gid)
-	return real, transfer.Owner{UID: &uid, GID: &gid, Mode: st.Mode & 0o777}, nil
+	return transfer.Owner{UID: &uid, GID: &gid, Mode: st.Mode & 0o777}, nil
 }
 
 func hasFile(m repository.Manifest, name string) bool {
@@ -327,16 +340,21 @@ func hasFile(m repository.Manifest, name string) bool {
 
 // settle fixes what is only known when the job runs.
 func (p *Plan) settle(jobID string) {
-	stage := func(destination string) string {
-		return filepath.Join(filepath.Dir(destination), ".virtbackup-"+jobID)
-	}
-	for i := range p.Disks {
-		p.Disks[i].Staging = stage(p.Disks[i].Destination)
-	}
-	for i := range p.Files {
-		p.Files[i].Staging = stage(p.Files[i].Destination)
-	}
 	if !p.InPlace {
 		p.DomainUUID = uuid.NewString()
+	}
+	name := ".virtbackup-" + jobID
+	for i := range p.Disks {
+		p.Disks[i].Staging = filepath.Join(filepath.Dir(p.Disks[i].Destination), name)
+	}
+	for i := range p.Files {
+		f := &p.Files[i]
+		if f.isTPM() && !p.InPlace {
+			f.Destination = hypervisor.TPMStateFile(p.DomainUUID, f.tpmVersion())
+		}
+		f.Staging = filepath.Join(filepath.Dir(f.Destination), name)
+		if f.isTPM() {
+			f.Staging = tpmStaging(f.Destination, name)
+		}
 	}
 }

@@ -39,6 +39,7 @@ type Hypervisor interface {
 	Define(ctx context.Context, definition string) (uuid string, err error)
 	Undefine(ctx context.Context, uuid string, removeNVRAM bool) error
 	Start(ctx context.Context, uuid string, paused bool) error
+	HasSecret(ctx context.Context, uuid string) (bool, error)
 }
 
 // Deps is what a Kind works with.
@@ -130,6 +131,9 @@ func (k *Kind) begin(ctx context.Context, h *job.Handle, r Request) (state, erro
 	}
 	s.Plan = plan
 	s.Plan.settle(h.Job().ID)
+	for _, text := range plan.Secrets {
+		h.Log(ctx, slog.LevelWarn, text)
+	}
 	return s, h.Step(ctx, stepPlanned, s)
 }
 
@@ -217,6 +221,7 @@ func (k *Kind) Undo(ctx context.Context, h *job.Handle) error {
 	if h.Job().Step == stepPlacing {
 		if s.Plan.InPlace {
 			problems = append(problems, exchangeBack(s.Files))
+			removeTPMDirectories(s.Plan)
 		} else {
 			problems = append(problems, k.undefine(ctx, s))
 		}

@@ -18,6 +18,9 @@ type Source struct {
 	Format string
 	// Network names what has no path.
 	Network string
+	// Backing is the backing chain where the definition gives it. QEMU then
+	// uses that, whatever the images' headers say.
+	Backing []Source
 }
 
 // definition is what is read of a domain's XML
@@ -34,7 +37,17 @@ type definition struct {
 		Target struct {
 			Dev string `xml:"dev,attr"`
 		} `xml:"target"`
+		Backing *backing `xml:"backingStore"`
 	} `xml:"devices>disk"`
+}
+
+type backing struct {
+	Type   string `xml:"type,attr"`
+	Format struct {
+		Type string `xml:"type,attr"`
+	} `xml:"format"`
+	Source  *source  `xml:"source"`
+	Backing *backing `xml:"backingStore"`
 }
 
 type source struct {
@@ -61,18 +74,27 @@ func Sources(domainXML []byte) ([]Source, error) {
 		if k.Target.Dev == "" {
 			return nil, errors.New("cannot read the definition of a domain: a disk has no target")
 		}
-		s := Source{Target: k.Target.Dev, Type: k.Type, Format: k.Driver.Type}
-		switch k.Type {
-		case "file":
-			s.Path = k.Source.File
-		case "block":
-			s.Path = k.Source.Dev
-		default:
-			s.Network = k.Source.name(k.Type)
+		s := k.Source.source(k.Target.Dev, k.Type, k.Driver.Type)
+		// An empty element ends the chain.
+		for b := k.Backing; b != nil && b.Source != nil; b = b.Backing {
+			s.Backing = append(s.Backing, b.Source.source(k.Target.Dev, b.Type, b.Format.Type))
 		}
 		all = append(all, s)
 	}
 	return all, nil
+}
+
+func (s *source) source(target, typ, format string) Source {
+	found := Source{Target: target, Type: typ, Format: format}
+	switch typ {
+	case "file":
+		found.Path = s.File
+	case "block":
+		found.Path = s.Dev
+	default:
+		found.Network = s.name(typ)
+	}
+	return found
 }
 
 // name puts together all that says where the source is. The index is not of

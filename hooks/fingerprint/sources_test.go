@@ -10,7 +10,7 @@ import (
 
 func TestSources(t *testing.T) {
 	got, err := Sources([]byte(`<?xml version="1.0"?><domain type='kvm' id='7'><devices>
-		<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/a b&amp;c.qcow2' index='2'/><backingStore type='file'><source file='/no'/></backingStore><target dev='vda' bus='virtio'/></disk>
+		<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/a b&amp;c.qcow2' index='2'/><backingStore type='file'><format type='qcow2'/><source file='/b'/><backingStore type='block'><format type='raw'/><source dev='/dev/c'/><backingStore/></backingStore></backingStore><target dev='vda' bus='virtio'/></disk>
 		<disk type='block'><driver name='qemu' type='raw'/><source dev='/dev/vg/lv'/><target dev='vdb'/></disk>
 		<disk type='file' device='cdrom'><source file='/cd.iso'/><target dev='sda'/></disk>
 		<disk type='file' device='floppy'><source file='/floppy'/><target dev='fda'/></disk>
@@ -20,7 +20,9 @@ func TestSources(t *testing.T) {
 		<disk type='block' device='lun'><driver type='raw'/><source dev='/dev/sdz'/><target dev='sdb'/></disk>
 		</devices></domain>`))
 	want := []Source{
-		{Target: "vda", Type: "file", Path: "/a b&c.qcow2", Format: "qcow2"},
+		{Target: "vda", Type: "file", Path: "/a b&c.qcow2", Format: "qcow2", Backing: []Source{
+			{Target: "vda", Type: "file", Path: "/b", Format: "qcow2"}, {Target: "vda", Type: "block", Path: "/dev/c", Format: "raw"},
+		}},
 		{Target: "vdb", Type: "block", Path: "/dev/vg/lv", Format: "raw"},
 		{Target: "vdd", Type: "network", Format: "raw", Network: "network protocol=rbd name=pool/image host name=mon port=6789 host name=mon2"},
 		{Target: "vde", Type: "volume", Format: "qcow2", Network: "volume pool=p volume=v"},

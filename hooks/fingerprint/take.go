@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -98,7 +99,27 @@ func (w *walk) source(s Source) {
 		return
 	}
 	w.chain(s.Path, s.Format)
+	for _, b := range s.Backing {
+		w.begin(b.Path + b.Network)
+		l := Layer{Path: b.Network, Kind: KindNetwork, Identity: b.Network}
+		if b.Network == "" {
+			l, _, _ = look(b.Path, "raw")
+		}
+		if !w.has(l) && !w.add(l) {
+			return
+		}
+	}
 	w.settle()
+}
+
+// has tells whether a layer was seen already, maybe by another path.
+func (w *walk) has(l Layer) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.ContainsFunc(w.layers, func(seen Layer) bool {
+		return seen.Kind == l.Kind && seen.Device == l.Device && seen.Inode == l.Inode && seen.Identity == l.Identity &&
+			(seen.Path == l.Path || l.Kind == KindFile || l.Kind == KindBlock)
+	})
 }
 
 // chain looks at a file and at all that lies below it.

@@ -97,6 +97,24 @@ func TestTakeFollowsChains(t *testing.T) {
 	}
 }
 
+// The chain that a definition gives is looked at beside that of the headers.
+func TestTakeOfAGivenChain(t *testing.T) {
+	dir := t.TempDir()
+	run(t, dir, "qemu-img", "create", "-q", "-f", "raw", "base", "1M")
+	run(t, dir, "cp", "base", "other")
+	run(t, dir, "ln", "-s", "base", "link")
+	run(t, dir, "qemu-img", "create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "top")
+	for _, c := range []struct{ given, want string }{
+		{"base", "file top, file base"}, {"link", "file top, file base"},
+		{"other", "file top, file base, file other"}, {"gone", "file top, file base, missing gone"},
+	} {
+		s := Source{Target: "vda", Path: dir + "/top", Format: "qcow2", Backing: []Source{{Path: dir + "/" + c.given, Format: "raw"}}}
+		if got := seen(Take(t.Context(), s), dir); got != c.want {
+			t.Errorf("%s: %s; want %s", c.given, got, c.want)
+		}
+	}
+}
+
 // Each way to change a disk, and each layer, is seen by the next look.
 func TestTakeSeesEveryChange(t *testing.T) {
 	for name, change := range map[string][]string{

@@ -381,7 +381,7 @@ func (h *host) noJob() error {
 
 func noFiles() error {
 	var left []string
-	for _, directory := range []string{"/run/virtbackup/jobs", "/run/virtbackup/nbd", "/run/virtbackup/frozen", "/var/lib/virtbackup/scratch"} {
+	for _, directory := range []string{"/run/virtbackup/jobs", "/run/virtbackup/nbd", "/run/virtbackup/exports", "/run/virtbackup/frozen", "/var/lib/virtbackup/scratch"} {
 		files, err := filepath.Glob(filepath.Join(directory, "*"))
 		if err != nil {
 			return err
@@ -396,7 +396,7 @@ func noFiles() error {
 }
 
 func noUnits() error {
-	out, err := exec.Command("systemctl", "list-units", "--all", "--no-legend", "--plain", "virtbackup-job-*").CombinedOutput()
+	out, err := exec.Command("systemctl", "list-units", "--all", "--no-legend", "--plain", "virtbackup-job-*", "virtbackup-export-*").CombinedOutput()
 	if err == nil && len(bytes.TrimSpace(out)) > 0 {
 		return fmt.Errorf("units are left: %s", out)
 	}

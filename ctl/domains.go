@@ -171,7 +171,11 @@ func trackingTable(p *page, all []dbus.DomainTracking) {
 func markTable(p *page, marks []dbus.Mark) {
 	var rows [][]string
 	for _, m := range marks {
-		rows = append(rows, []string{moment(m.Time), cmp.Or(m.Target, "all"), dbus.CauseText(m.Cause), m.Detail})
+		cause, detail := dbus.CauseText(m.Cause), m.Detail
+		if detail == cause {
+			detail = ""
+		}
+		rows = append(rows, []string{moment(m.Time), cmp.Or(m.Target, "all"), cause, detail})
 	}
 	p.table([]string{"SEEN", "DISK", "CAUSE", "DETAIL"}, rows)
 }

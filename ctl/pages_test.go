@@ -99,7 +99,7 @@ func TestDomainPageTellsWhatTheNextBackupWouldDo(t *testing.T) {
 		},
 		marks: []dbus.Mark{
 			{Time: seen, Target: "vdb", Cause: "changed-while-off", Detail: "/d/b.qcow2: size 5, was 4"},
-			{Time: seen.Add(-2 * time.Hour), Cause: "host-restarted"},
+			{Time: seen.Add(-2 * time.Hour), Cause: "host-restarted", Detail: "the host went down while the domain ran"},
 		},
 	}
 	want := `    Domain: web

@@ -125,10 +125,14 @@ func TestSecretsStayWhereTheyAre(t *testing.T) {
 	if raw, err := hex.DecodeString(string(bytes.TrimSpace(key))); err == nil {
 		secrets = append(secrets, raw)
 	}
-	journal := []byte(command(t, "", "journalctl", "--output=export", "--unit=virtbackupd", "--unit=virtbackup-*"))
-	if len(journal) == 0 {
-		t.Error("the journal is empty")
-	}
+	h.holdsNoSecret(secrets...)
+}
+
+// holdsNoSecret looks for secrets where virtbackup writes, and in the command
+// lines of all processes.
+func (h *host) holdsNoSecret(secrets ...[]byte) {
+	t := h.t
+	t.Helper()
 	hold := func(where string, content []byte) {
 		for i, s := range secrets {
 			if bytes.Contains(content, s) {
@@ -136,7 +140,20 @@ func TestSecretsStayWhereTheyAre(t *testing.T) {
 			}
 		}
 	}
+	journal := []byte(command(t, "", "journalctl", "--output=export", "--unit=virtbackupd", "--unit=virtbackup-*"))
+	if len(journal) == 0 {
+		t.Error("the journal is empty")
+	}
 	hold("the journal", journal)
+	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil || len(lines) == 0 {
+		t.Errorf("there are the processes %v, %v", lines, err)
+	}
+	for _, path := range lines {
+		if content, err := os.ReadFile(path); err == nil { // else it has ended
+			hold(path, content)
+		}
+	}
 	for _, root := range []string{h.path, "/var/lib/virtbackup", "/run/virtbackup"} {
 		err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 			if err != nil || !d.Type().IsRegular() || path == "/var/lib/virtbackup/manifest.key" {

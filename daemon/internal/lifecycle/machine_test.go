@@ -36,11 +36,22 @@ func domainXML(disks ...Node) string {
 	var b strings.Builder
 	b.WriteString("<domain type='qemu' id='3'><devices>")
 	for _, d := range disks {
-		fmt.Fprintf(&b, "<disk type='file' device='disk'><source file='/images/x' index='%d'/>", d.Indexes[0])
-		for _, i := range d.Indexes[1:] {
-			fmt.Fprintf(&b, "<backingStore type='file' index='%d'><format type='qcow2'/><source file='/images/y'/>", i)
+		b.WriteString("<disk type='file' device='disk'><source file='/images/x'")
+		for i, index := range d.Indexes {
+			if i > 0 {
+				b.WriteString("<backingStore type='file'")
+			}
+			fmt.Fprintf(&b, " index='%d'>", index)
+			if i > 0 {
+				b.WriteString("<format type='qcow2'/><source file='/images/y'/>")
+			} else {
+				b.WriteString("</source>")
+			}
 		}
-		b.WriteString("<backingStore/>" + strings.Repeat("</backingStore>", len(d.Indexes)-1) + "<target dev='" + d.Target + "' bus='virtio'/></disk>")
+		if len(d.Indexes) == 0 { // no start has come so far
+			b.WriteString("></source>")
+		}
+		b.WriteString("<backingStore/>" + strings.Repeat("</backingStore>", max(len(d.Indexes)-1, 0)) + "<target dev='" + d.Target + "' bus='virtio'/></disk>")
 	}
 	b.WriteString("<disk type='file' device='cdrom'><source file='/images/cd.iso' index='99'/><target dev='sda'/></disk></devices></domain>")
 	return b.String()

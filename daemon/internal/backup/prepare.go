@@ -18,6 +18,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/dbus"
 )
 
 // checkpointPrefix begins the names of our checkpoints, for hypervisor.OursCheckpoint.
@@ -175,7 +176,7 @@ func (r *run) tell(ctx context.Context, f facts) {
 	p, d := r.Plan, f.domain
 	what := string(p.Kind)
 	if p.Cause != "" {
-		what += " (" + string(p.Cause) + ")"
+		what += " (" + dbus.CauseText(string(p.Cause)) + ")"
 	}
 	var disks []string
 	for _, k := range p.Disks {
@@ -183,9 +184,9 @@ func (r *run) tell(ctx context.Context, f facts) {
 		switch {
 		case p.Kind != chain.Incremental:
 		case k.Kind == chain.Full:
-			one += " full (" + string(k.Cause) + ")"
+			one += " full (" + dbus.CauseText(string(k.Cause)) + ")"
 		case k.Cause != "":
-			one += " compared (" + string(k.Cause) + ")"
+			one += " compared (" + dbus.CauseText(string(k.Cause)) + ")"
 		}
 		disks = append(disks, one)
 	}

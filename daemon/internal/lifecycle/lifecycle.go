@@ -205,7 +205,7 @@ func (k *Keeper) observe(ctx context.Context, d hypervisor.Domain) (entry, error
 		if err != nil {
 			return e, err
 		}
-		if e.Phase != Unknown && d.Active != (e.Phase == Running) && try < lookAgain {
+		if e.Phase != Unknown && (e.Phase == Stopped || d.Active != (e.Phase == Running)) && try < lookAgain {
 			if d, err = k.Domains.ByUUID(ctx, d.UUID); err != nil {
 				return e, err
 			}

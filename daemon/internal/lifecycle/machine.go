@@ -17,7 +17,8 @@ type Phase string
 const (
 	Unknown Phase = ""        // nothing that was known of it can be trusted
 	Running Phase = "running" // from before QEMU opens the disks
-	Off     Phase = "off"     // from after QEMU has closed them
+	Stopped Phase = "stopped" // QEMU has ended, and nobody has looked at the disks so far
+	Off     Phase = "off"     // they were looked at since
 )
 
 // Run is one life of a domain's QEMU process.
@@ -67,8 +68,15 @@ func Next(k Known, r spool.Record) (Known, []Finding) {
 		return prepared(k, run, r.Disks)
 	case "start", "started", "stopped":
 		k, found := goesOn(k, run, r.Operation)
-		return located(k, parseNodes(r.XML), found)
+		k, found = located(k, parseNodes(r.XML), found)
+		if r.Operation == "stopped" {
+			k.Phase = Stopped
+		}
+		return k, found
 	case "release":
+		if k.Phase == Stopped {
+			k.Phase = Running
+		}
 		k, found := goesOn(k, run, r.Operation)
 		_, found = located(k, parseNodes(r.XML), found)
 		return Known{Phase: Off, Disks: r.Disks}, found

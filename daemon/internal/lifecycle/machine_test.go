@@ -68,6 +68,7 @@ var (
 	second   = Run{Boot: "b1", Libvirt: "1@1", ID: 4}
 	watched  = Known{Phase: Running, Run: first, Nodes: Nodes{{"vda", []int{2}}, {"vdb", []int{1}}}}
 	located2 = domainXML(Node{"vda", []int{2}}, Node{"vdb", []int{1}})
+	halted   = Known{Phase: Stopped, Run: watched.Run, Nodes: watched.Nodes}
 	stopped  = Known{Phase: Off, Disks: []fingerprint.Disk{stamped("vda", 1), stamped("vdb", 1)}}
 )
 
@@ -100,14 +101,19 @@ func TestNext(t *testing.T) {
 		"started, but never prepared":   {stopped, told("started", first, located2), watched, []Finding{{Cause: chain.Unseen}}},
 		"started, another run is known": {watched, told("start", second, located2), Known{Phase: Running, Run: second, Nodes: watched.Nodes}, []Finding{{Cause: chain.Unseen}}},
 
-		"stopped":                           {watched, told("stopped", ended, located2), watched, nil},
-		"stopped, a disk is new":            {watched, told("stopped", ended, domainXML(append(slices.Clone(watched.Nodes), Node{"vdc", []int{3}})...)), Known{Phase: Running, Run: first, Nodes: append(slices.Clone(watched.Nodes), Node{"vdc", []int{3}})}, []Finding{{Target: "vdc", Cause: chain.DiskReplaced}}},
-		"stopped, a disk was attached anew": {watched, told("stopped", ended, domainXML(Node{"vda", []int{2}}, Node{"vdb", []int{7}})), Known{Phase: Running, Run: first, Nodes: Nodes{{"vda", []int{2}}, {"vdb", []int{7}}}}, []Finding{{Target: "vdb", Cause: chain.DiskReplaced}}},
-		"stopped, a snapshot was made":      {watched, told("stopped", ended, domainXML(Node{"vda", []int{5, 2}}, Node{"vdb", []int{1}})), Known{Phase: Running, Run: first, Nodes: Nodes{{"vda", []int{5, 2}}, {"vdb", []int{1}}}}, nil},
-		"stopped, a disk is gone":           {watched, told("stopped", ended, domainXML(Node{"vda", []int{2}})), Known{Phase: Running, Run: first, Nodes: Nodes{{"vda", []int{2}}}}, nil},
-		"stopped by another libvirtd":       {watched, told("stopped", Run{Boot: "b1", Libvirt: "9@9"}, located2), Known{Phase: Running, Run: restarted, Nodes: watched.Nodes}, []Finding{{Cause: chain.Unseen}}},
+		"stopped":                           {watched, told("stopped", ended, located2), halted, nil},
+		"stopped, a disk is new":            {watched, told("stopped", ended, domainXML(append(slices.Clone(watched.Nodes), Node{"vdc", []int{3}})...)), Known{Phase: Stopped, Run: first, Nodes: append(slices.Clone(watched.Nodes), Node{"vdc", []int{3}})}, []Finding{{Target: "vdc", Cause: chain.DiskReplaced}}},
+		"stopped, a disk was attached anew": {watched, told("stopped", ended, domainXML(Node{"vda", []int{2}}, Node{"vdb", []int{7}})), Known{Phase: Stopped, Run: first, Nodes: Nodes{{"vda", []int{2}}, {"vdb", []int{7}}}}, []Finding{{Target: "vdb", Cause: chain.DiskReplaced}}},
+		"stopped, a snapshot was made":      {watched, told("stopped", ended, domainXML(Node{"vda", []int{5, 2}}, Node{"vdb", []int{1}})), Known{Phase: Stopped, Run: first, Nodes: Nodes{{"vda", []int{5, 2}}, {"vdb", []int{1}}}}, nil},
+		"stopped, a disk is gone":           {watched, told("stopped", ended, domainXML(Node{"vda", []int{2}})), Known{Phase: Stopped, Run: first, Nodes: Nodes{{"vda", []int{2}}}}, nil},
+		"stopped by another libvirtd":       {watched, told("stopped", Run{Boot: "b1", Libvirt: "9@9"}, located2), Known{Phase: Stopped, Run: restarted, Nodes: watched.Nodes}, []Finding{{Cause: chain.Unseen}}},
 
-		"release":                      {watched, told("release", ended, located2, disks...), stopped, nil},
+		"stopped twice":                {halted, told("stopped", ended, located2), Known{Phase: Stopped, Run: ended, Nodes: watched.Nodes}, []Finding{{Cause: chain.Unseen}}},
+		"started after it was stopped": {halted, told("started", first, located2), watched, []Finding{{Cause: chain.Unseen}}},
+		"start after it was stopped":   {halted, told("prepare", second, "", disks...), prepared, []Finding{{Cause: chain.Unseen}}},
+
+		"release":                      {halted, told("release", ended, located2, disks...), stopped, nil},
+		"release alone":                {watched, told("release", ended, located2, disks...), stopped, nil},
 		"release after a failed start": {prepared, told("release", ended, "", disks...), stopped, nil},
 		"release, a disk is new, and nobody told that it stopped": {watched, told("release", ended, domainXML(append(slices.Clone(watched.Nodes), Node{"vdc", []int{3}})...), disks...), stopped, []Finding{{Target: "vdc", Cause: chain.DiskReplaced}}},
 		"release by another libvirtd":                             {watched, told("release", Run{Boot: "b1", Libvirt: "9@9"}, located2, disks...), stopped, []Finding{{Cause: chain.Unseen}}},
@@ -163,6 +169,8 @@ func TestObserved(t *testing.T) {
 		"off, edited":                              {stopped, off("b1", stamped("vda", 5), disks[1]), Known{Phase: Off, Disks: []fingerprint.Disk{stamped("vda", 5), disks[1]}}, []Finding{{Target: "vda", Cause: chain.ChangedWhileOff}}},
 		"off, was running":                         {watched, off("b1", disks...), stopped, []Finding{{Cause: chain.Unseen}}},
 		"off, was running before a boot":           {watched, off("b2", disks...), stopped, []Finding{{Cause: chain.HostRestarted}}},
+		"off, stopped, not released":               {halted, off("b1", disks...), stopped, []Finding{{Cause: chain.Unseen}}},
+		"running, was stopped":                     {halted, on(alone.Run, watched.Nodes...), alone, []Finding{{Cause: chain.Unseen}}},
 		"off, not known":                           {Known{}, off("b1", disks...), stopped, []Finding{{Cause: chain.Unseen}}},
 	} {
 		t.Run(name, func(t *testing.T) {

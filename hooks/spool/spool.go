@@ -204,7 +204,11 @@ func Read(directory string) ([]Entry, error) {
 	var all []Entry
 	for _, n := range names.records {
 		e := Entry{Number: n}
-		if e.Record, e.Err = read(file(directory, n, recordSuffix)); e.Err != nil {
+		e.Record, e.Err = read(file(directory, n, recordSuffix))
+		if errors.Is(e.Err, fs.ErrNotExist) {
+			continue // somebody else has removed it by now
+		}
+		if e.Err != nil {
 			e.Err = fmt.Errorf("cannot read record %d of the hook: %w", n, e.Err)
 		}
 		all = append(all, e)

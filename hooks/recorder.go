@@ -70,6 +70,9 @@ func (c call) record(ctx context.Context, stdin io.Reader) error {
 		}
 	}
 	_, written := spool.Write(ctx, c.directory, r)
+	if r.Operation == "prepare" && err == nil {
+		err = makeRevertible(ctx, text)
+	}
 	return errors.Join(err, written)
 }
 

@@ -71,7 +71,7 @@ func (r stopped) begin(ctx context.Context) error {
 		return err
 	}
 	if err := r.Exporter.Start(ctx, r.id(), disks, r.Errands.Limits()); err != nil {
-		return err
+		return r.lost(ctx, err)
 	}
 	return r.fixed(ctx, r.Point)
 }
@@ -153,6 +153,9 @@ func (r stopped) exports(ctx context.Context, d hypervisor.Domain) ([]export.Dis
 	var all []export.Disk
 	for _, k := range r.Plan.Disks {
 		disk, _ := d.Disk(k.Target)
+		if k.Container != "" {
+			disk = container(disk)
+		}
 		layers, err := hypervisor.Layers(ctx, disk)
 		if err != nil {
 			return nil, err
@@ -227,6 +230,9 @@ func (r stopped) quiet() bool {
 }
 
 func (r stopped) lost(ctx context.Context, cause error) error {
+	if ctx.Err() != nil {
+		return cause
+	}
 	if _, err := r.off(ctx); err != nil {
 		return errors.Join(err, cause)
 	}
@@ -253,6 +259,9 @@ func followBacking(ctx context.Context, d hypervisor.Domain) error {
 		}
 		if err != nil {
 			return fmt.Errorf("cannot read disk %s of domain %q: %w", k.Target, d.Name, err)
+		}
+		if k.Encrypted && (len(layers) > 1 || layers[0].DataFile != "") {
+			return failure.Errorf(dbus.ErrUnsupported, "disk %s of domain %q is encrypted, and not in one file alone: only what is in one file can be backed up as it is", k.Target, d.Name)
 		}
 		for _, l := range layers[1:] {
 			d.Disks[i].Backing = append(d.Disks[i].Backing, l.Path)

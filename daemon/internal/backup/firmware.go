@@ -44,11 +44,16 @@ func (p Plan) files() []transfer.FileSpec {
 	return all
 }
 
-// secretsOf are those that a domain's files are encrypted with, which are copied
-// as they are.
+// secretsOf are those that what is copied as it is is encrypted with.
 func secretsOf(d hypervisor.Domain) []repository.Secret {
-	if d.TPM.Secret == "" || d.TPM.State == "" {
-		return nil
+	var all []repository.Secret
+	if d.TPM.Secret != "" && d.TPM.State != "" {
+		all = append(all, repository.Secret{For: repository.SecretForTPM, UUID: d.TPM.Secret})
 	}
-	return []repository.Secret{{For: repository.SecretForTPM, UUID: d.TPM.Secret}}
+	for _, k := range d.Disks {
+		if containerFormat(d, k.Target) != "" {
+			all = append(all, repository.Secret{For: k.Target, UUID: k.Encryption.Secret.UUID, Usage: k.Encryption.Secret.Usage})
+		}
+	}
+	return all
 }

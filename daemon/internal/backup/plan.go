@@ -54,10 +54,14 @@ type Disk struct {
 	SectorSize uint32   // bytes; 0 for the default
 	Backing    []string // paths of the layers below, top first
 	Node       int      // libvirt's index of the top layer in QEMU's run
-	Kind       chain.Kind
-	Changes    chain.Tracking // how an increment's are found: CBT or Digest; "" for a full image
-	Cause      chain.Cause    // why it is not an increment by CBT; "" if it is
-	Tracking   chain.Tracking
+	Own        own      // as it is without overlays of ours
+	// Stack are its layers, the top one first; only if an overlay is to be put on it.
+	Stack     []hypervisor.Stacked
+	Kind      chain.Kind
+	Changes   chain.Tracking // how an increment's are found: CBT, Snapshot or Digest; "" for a full image
+	Cause     chain.Cause    // why it is not an increment by CBT or Snapshot; "" if it is
+	Tracking  chain.Tracking
+	Container string // format of an encrypted image that is copied as it is, see container; "" for others
 }
 
 // Skipped is a disk that the backup leaves out.
@@ -71,13 +75,15 @@ type facts struct {
 	domain     hypervisor.Domain
 	definition string // the domain's, as XML
 	repository catalog.Repository
-	last       *catalog.Head   // nil: the domain has no chain in the repository
-	bitmaps    map[string]bool // target → usable, of the last one's checkpoint
-	oldQcow2   map[string]bool // targets whose qcow2 is of version 2, which has no place for bitmaps
-	boot       string          // id of the host's
-	mark       int64           // number of the newest mark
-	marks      []catalog.Mark  // the newest of each disk
-	offline    error           // why the disks of a stopped domain cannot be read
+	last       *catalog.Head      // nil: the domain has no chain in the repository
+	bitmaps    map[string]bool    // target → usable, of the last one's checkpoint
+	oldQcow2   map[string]bool    // targets whose qcow2 is of version 2, which has no place for bitmaps
+	boot       string             // id of the host's
+	mark       int64              // number of the newest mark
+	marks      []catalog.Mark     // the newest of each disk
+	offline    error              // why the disks of a stopped domain cannot be read
+	stacked    map[string]stacked // by target; nil if overlays have nothing to do with it
+	made       map[string]string  // target → path of the overlay that the last backup made
 }
 
 // newPlan decides what the backup is, or why there can be none.
@@ -116,9 +122,14 @@ func newPlan(f facts) (Plan, error) {
 			Target: d.Target, Source: disks[i].Source, Format: disks[i].Format, Size: wholeSectors(disks[i].Capacity),
 			SectorSize: uint32(disks[i].LogicalBlockSize), Backing: disks[i].Backing, Node: disks[i].Index,
 			Kind: d.Kind, Changes: d.Changes, Cause: d.Cause, Tracking: d.Tracking,
+			Container: containerFormat(f.domain, d.Target),
 		}
+		one.Own = f.own(disks[i])
 		if d.Base != "" {
 			p.Base = d.Base
+		}
+		if d.Tracking == chain.Snapshot {
+			p.Source, one.Stack = sourceFrozen, f.stacked[d.Target].stack
 		}
 		p.Disks = append(p.Disks, one)
 	}
@@ -139,10 +150,12 @@ func (f facts) options() chain.Options {
 }
 
 func (f facts) now(disks []hypervisor.Disk) chain.Domain {
-	d := chain.Domain{InternalSnapshots: f.domain.HasInternalSnapshots()}
+	d := chain.Domain{InternalSnapshots: f.domain.HasInternalSnapshots(), Overlays: f.bear(disks)}
 	for _, k := range disks {
+		own := f.own(k)
+		k.Source, k.Format, k.Backing = own.Source, own.Format, own.Backing
 		one := chain.Disk{Target: k.Target, Source: k.Source, Backing: k.Backing, Format: f.format(k), Size: wholeSectors(k.Capacity),
-			Bitmap: chain.BitmapMissing, Run: runOf(f.boot, f.domain), Node: k.Index}
+			Bitmap: chain.BitmapMissing, Run: runOf(f.boot, f.domain), Node: k.Index, Overlay: f.stacked[k.Target].top}
 		if f.last != nil && f.last.Tip != nil {
 			mark, _ := lifecycle.Unseen(f.marks, k.Target, f.last.Tip.Mark)
 			one.Unseen = mark.Cause
@@ -201,7 +214,7 @@ func (f facts) before() *chain.Last {
 	for _, i := range h.Tip.Images {
 		format := f.format(hypervisor.Disk{Target: i.Target, Format: i.Format})
 		last.Disks = append(last.Disks, chain.LastDisk{Target: i.Target, Source: i.Source, Backing: i.Backing, Format: format, Size: i.Size,
-			CBT: i.Tracking == chain.CBT, Run: i.Run, Node: i.Node})
+			CBT: i.Tracking == chain.CBT, Run: i.Run, Node: i.Node, Overlay: f.made[i.Target]})
 	}
 	return last
 }
@@ -259,6 +272,12 @@ func selectDisks(d hypervisor.Domain) (disks []hypervisor.Disk, skipped []Skippe
 		if err := checkDisk(d.Name, k); err != nil {
 			return nil, nil, err
 		}
+		if k.Encrypted {
+			if err := checkContainer(d, k); err != nil {
+				return nil, nil, err
+			}
+			k = container(k)
+		}
 		disks = append(disks, k)
 	}
 	if len(disks) == 0 {
@@ -281,8 +300,6 @@ func reasons(skipped []Skipped) string {
 // checkDisk refuses a disk that must not be left out and cannot be saved.
 func checkDisk(domain string, k hypervisor.Disk) error {
 	switch {
-	case k.Encrypted:
-		return failure.Errorf(dbus.ErrUnsupported, "disk %s of domain %q is encrypted: its backup would be in clear, which is not supported", k.Target, domain)
 	case k.Format != "qcow2" && k.Format != "raw":
 		return failure.Errorf(dbus.ErrUnsupported, "disk %s of domain %q has format %q: only qcow2 and raw are supported", k.Target, domain, k.Format)
 	case !slices.Contains([]string{"file", "block", "volume", "network"}, k.SourceType):

@@ -34,6 +34,8 @@ func (p Plan) backupSpec(version string, from server) *transfer.BackupSpec {
 			one.Bitmap = exportedBitmap(from.bitmap(k.Target))
 		case chain.Digest:
 			one.Compare = true
+		case chain.Snapshot:
+			one.Layer = true
 		}
 		b.Disks = append(b.Disks, one)
 	}
@@ -52,7 +54,8 @@ func (p Plan) manifest(version string) repository.Manifest {
 	for _, k := range p.Disks {
 		d := repository.Disk{
 			Target: k.Target, File: repository.ImageName(k.Target), Size: k.Size, Kind: string(k.Kind),
-			Tracking: string(k.Tracking), Format: k.Format, SectorSize: k.SectorSize, Source: k.Source,
+			Tracking: string(k.Tracking), Format: k.Own.Format, SectorSize: k.SectorSize, Source: k.Own.Source,
+			Container: k.Container,
 		}
 		if k.Tracking == chain.CBT {
 			d.Checkpoint = p.Checkpoint

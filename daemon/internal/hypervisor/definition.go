@@ -33,6 +33,8 @@ type NewDisk struct {
 	Path   string // absolute
 	Format string // "qcow2" or "raw"
 	Block  bool   // Path is a block device
+	// Encryption of what is there; the zero value for none.
+	Encryption Encryption
 }
 
 // firmwareDirectories are where distributions install firmware images.

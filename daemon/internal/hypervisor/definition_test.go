@@ -197,11 +197,11 @@ func TestNewDefinitionRefuses(t *testing.T) {
 		"not UTF-8":          {small("", ""), Changes{Name: "a\xff"}, "control"},
 		"UUID":               {small("", ""), Changes{Name: "b", UUID: "x"}, "UUID"},
 		"disk without place": {small("", disk), ok, `no place for disk "vda"`},
-		"place without disk": {small("", ""), Changes{Name: "b", Disks: map[string]NewDisk{"vdz": {"/a", "raw", false}}}, "no disk vdz"},
-		"relative path":      {small("", disk), Changes{Name: "b", Disks: map[string]NewDisk{"vda": {"a", "raw", false}}}, "absolute"},
-		"json path":          {small("", disk), Changes{Name: "b", Disks: map[string]NewDisk{"vda": {"json:{}", "raw", false}}}, "absolute"},
-		"unclean path":       {small("", disk), Changes{Name: "b", Disks: map[string]NewDisk{"vda": {"/a/../b", "raw", false}}}, "clean"},
-		"format":             {small("", disk), Changes{Name: "b", Disks: map[string]NewDisk{"vda": {"/a", "vmdk", false}}}, "format"},
+		"place without disk": {small("", ""), Changes{Name: "b", Disks: map[string]NewDisk{"vdz": {Path: "/a", Format: "raw"}}}, "no disk vdz"},
+		"relative path":      {small("", disk), Changes{Name: "b", Disks: map[string]NewDisk{"vda": {Path: "a", Format: "raw"}}}, "absolute"},
+		"json path":          {small("", disk), Changes{Name: "b", Disks: map[string]NewDisk{"vda": {Path: "json:{}", Format: "raw"}}}, "absolute"},
+		"unclean path":       {small("", disk), Changes{Name: "b", Disks: map[string]NewDisk{"vda": {Path: "/a/../b", Format: "raw"}}}, "clean"},
+		"format":             {small("", disk), Changes{Name: "b", Disks: map[string]NewDisk{"vda": {Path: "/a", Format: "vmdk"}}}, "format"},
 		"kernel":             {small("<kernel>/etc/passwd</kernel>", ""), ok, "not allowed here"},
 	} {
 		t.Run(name, func(t *testing.T) {

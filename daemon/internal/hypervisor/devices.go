@@ -233,8 +233,23 @@ func fixDisk(r *rebuild, original, e *element) (bool, error) {
 		kind, attr = "block", "dev"
 	}
 	r.setDiskType(e, kind, k.Format)
-	e.children = append(e.children, &element{name: "source", attrs: []attribute{{attr, k.Path}}})
+	source := &element{name: "source", attrs: []attribute{{attr, k.Path}}}
+	if k.Encryption.Format != "" {
+		source.children = append(source.children, k.Encryption.element())
+		r.forget("domain/devices/disk/encryption")
+	}
+	e.children = append(e.children, source)
 	return true, nil
+}
+
+func (n Encryption) element() *element {
+	secret := &element{name: "secret", attrs: []attribute{{"type", "passphrase"}}}
+	if n.Secret.UUID != "" {
+		secret.attrs = append(secret.attrs, attribute{"uuid", n.Secret.UUID})
+	} else {
+		secret.attrs = append(secret.attrs, attribute{"usage", n.Secret.Usage})
+	}
+	return &element{name: "encryption", attrs: []attribute{{"format", n.Format}}, children: []*element{secret}}
 }
 
 // setDiskType sets what is never taken over, and so was not lost either.

@@ -57,14 +57,25 @@ type Disk struct {
 	Shareable        bool
 	Transient        bool
 	Encrypted        bool
+	Encryption       Encryption // of an encrypted disk, when it is one that virtbackup knows
 	Serial           string
 	Alias            string   // of an active domain: as events name the device
 	Capacity         uint64   // bytes; 0 when libvirt could not tell
 	Allocation       uint64   // bytes
+	Physical         uint64   // bytes of the file, or of the block device, that it is in
 	LogicalBlockSize uint     // bytes; 0 = the default (512)
 	Index            int      // of the top image, which libvirt numbers each time QEMU opens one; 0 = unknown, as in a domain that is off
 	Backing          []string // paths of the images below the top one, top first; known for active domains only
 }
+
+// Encryption is how a disk is encrypted by QEMU.
+type Encryption struct {
+	Format string // "luks"; "" = none that virtbackup knows
+	Secret Secret // with its passphrase
+}
+
+// Secret names one of libvirt's secrets: by its UUID, or by what it is for.
+type Secret struct{ UUID, Usage string }
 
 // Firmware is what a domain boots with.
 type Firmware struct {
@@ -201,7 +212,7 @@ func ask(ctx context.Context, d *libvirt.Domain, out *Domain) {
 			continue
 		}
 		if info, err := d.GetBlockInfo(k.Target, 0); err == nil {
-			out.Disks[i].Capacity, out.Disks[i].Allocation = info.Capacity, info.Allocation
+			out.Disks[i].Capacity, out.Disks[i].Allocation, out.Disks[i].Physical = info.Capacity, info.Allocation, info.Physical
 		}
 	}
 	if !out.Active || ctx.Err() != nil {
@@ -298,7 +309,7 @@ func describeDisk(c *libvirt.Connect, x *libvirtxml.DomainDisk) Disk {
 	k := Disk{
 		Device: x.Device, Format: "raw", Serial: x.Serial,
 		ReadOnly: x.ReadOnly != nil, Shareable: x.Shareable != nil, Transient: x.Transient != nil,
-		Encrypted: x.Encryption != nil,
+		Encrypted: x.Encryption != nil, Encryption: encryption(x.Encryption),
 	}
 	if k.Device == "" {
 		k.Device = blockDeviceDisk
@@ -316,7 +327,9 @@ func describeDisk(c *libvirt.Connect, x *libvirtxml.DomainDisk) Disk {
 		k.LogicalBlockSize = x.BlockIO.LogicalBlockSize
 	}
 	if x.Source != nil {
-		k.Encrypted = k.Encrypted || x.Source.Encryption != nil
+		if x.Source.Encryption != nil {
+			k.Encrypted, k.Encryption = true, encryption(x.Source.Encryption)
+		}
 		k.SourceType, k.Source = source(c, x.Source)
 		k.Index = int(x.Source.Index)
 	}
@@ -329,6 +342,13 @@ func describeDisk(c *libvirt.Connect, x *libvirtxml.DomainDisk) Disk {
 		}
 	}
 	return k
+}
+
+func encryption(x *libvirtxml.DomainDiskEncryption) Encryption {
+	if x == nil || x.Format != "luks" || x.Engine != "" && x.Engine != "qemu" || len(x.Secrets) != 1 || x.Secrets[0].Type != "passphrase" {
+		return Encryption{}
+	}
+	return Encryption{Format: x.Format, Secret: Secret{UUID: x.Secrets[0].UUID, Usage: x.Secrets[0].Usage}}
 }
 
 // source tells the type of a disk's source, and its path if it has one on this host.

@@ -144,10 +144,16 @@ func lookupID(name string, find func(string) (string, error)) (int, error) {
 	return int(id), nil
 }
 
-// HasSecret tells whether libvirt knows a secret.
-func (h *Hypervisor) HasSecret(ctx context.Context, uuid string) (bool, error) {
-	return withConnect(ctx, h, "look up secret "+uuid, func(c *libvirt.Connect) (bool, error) {
-		s, err := c.LookupSecretByUUIDString(uuid)
+// HasSecret tells whether libvirt knows a secret: of a disk, if it is named by
+// what it is for.
+func (h *Hypervisor) HasSecret(ctx context.Context, which Secret) (bool, error) {
+	return withConnect(ctx, h, "look up a secret", func(c *libvirt.Connect) (bool, error) {
+		s, err := (*libvirt.Secret)(nil), error(nil)
+		if which.UUID != "" {
+			s, err = c.LookupSecretByUUIDString(which.UUID)
+		} else {
+			s, err = c.LookupSecretByUsage(libvirt.SECRET_USAGE_TYPE_VOLUME, which.Usage)
+		}
 		if isCode(err, libvirt.ERR_NO_SECRET) {
 			return false, nil
 		}

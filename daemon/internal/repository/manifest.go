@@ -105,6 +105,10 @@ type Disk struct {
 	SectorSize  uint32 `json:"sector_size,omitempty"`
 	DigestRoot  string `json:"digest_root"` // hex BLAKE3-256
 	Source      string `json:"source"`      // path on the host, informative
+	// Container says that the image holds the bytes of the source's own file, as
+	// QEMU would open it with this format ("qcow2", "raw") and a key: it is
+	// encrypted by LUKS. Format is "raw" then.
+	Container string `json:"container,omitempty"`
 }
 
 // File is any other file of a backup.

@@ -90,6 +90,9 @@ func (m *Manifest) validateDisk(d Disk) error {
 	default:
 		return fmt.Errorf("disk %s: changes found by %q", d.Target, truncated(d.Changes))
 	}
+	if d.Container != "" && (d.Container != "qcow2" && d.Container != "raw" || d.Format != "raw") {
+		return fmt.Errorf("disk %s: container of format %q in format %q", d.Target, truncated(d.Container), truncated(d.Format))
+	}
 	if max(d.Size, d.StoredBytes, d.DataBytes, d.ReadBytes) > sizeLimit {
 		return fmt.Errorf("disk %s: sizes %d, %d, %d, %d are out of range", d.Target, d.Size, d.StoredBytes, d.DataBytes, d.ReadBytes)
 	}

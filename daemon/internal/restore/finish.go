@@ -43,7 +43,7 @@ func (k *Kind) newDefinition(r Request, p Plan) (definition string, dropped []st
 		Disks: map[string]hypervisor.NewDisk{}, SkipOtherDisks: true, BootDirectories: k.Destinations(),
 	}
 	for _, d := range p.Disks {
-		changes.Disks[d.Target] = hypervisor.NewDisk{Path: d.Destination, Format: d.Format}
+		changes.Disks[d.Target] = hypervisor.NewDisk{Path: d.Destination, Format: d.opened(), Encryption: d.Encryption}
 	}
 	for _, f := range p.Files {
 		if f.Name == nvramName {

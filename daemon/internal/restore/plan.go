@@ -52,6 +52,9 @@ type Disk struct {
 	Backups     []string       `json:"backups"` // whose images make it up, newest first
 	Staging     string         `json:"staging"` // directory of the job, beside the destination
 	Owner       transfer.Owner `json:"owner"`
+	// Of an encrypted image that is restored as it is, with Format "raw".
+	Container  string                `json:"container,omitempty"` // its own format
+	Encryption hypervisor.Encryption `json:"encryption,omitzero"`
 }
 
 // OnlyFile is a file of a backup that is no disk. With no Destination of its
@@ -101,6 +104,7 @@ func (k *Kind) Plan(ctx context.Context, r Request) (Plan, error) {
 	if err := k.planDisks(ctx, b, r, &p, &no); err != nil {
 		return p, err
 	}
+	p.planContainers(m)
 	if r.InPlace {
 		err = k.planInPlace(ctx, b, m, &p, &no)
 	} else {
@@ -191,7 +195,7 @@ func (k *Kind) planNew(ctx context.Context, r Request, m repository.Manifest, p 
 	}
 	for i := range p.Disks {
 		d := &p.Disks[i]
-		d.Destination = free(filepath.Join(directory, r.Name+"-"+d.Target+"."+d.Format))
+		d.Destination = free(filepath.Join(directory, r.Name+"-"+d.Target+"."+d.opened()))
 	}
 	p.Files = append(p.Files, OnlyFile{Name: definitionName, Destination: filepath.Join(directory, definitionName)})
 	if hasFile(m, nvramName) {
@@ -303,8 +307,13 @@ func (d *Disk) replace(of hypervisor.Domain) error {
 	case now.Format != transfer.FormatRaw && now.Format != transfer.FormatQcow2:
 		return fmt.Errorf("disk %s of domain %q has format %q: restore as a new domain", d.Target, of.Name, now.Format)
 	}
+	if now.Encrypted != (d.Container != "") || d.Container != "" && now.Format != d.Container {
+		return fmt.Errorf("disk %s of domain %q is not encrypted as the backup is: restore as a new domain", d.Target, of.Name)
+	}
 	var err error
-	d.Format = now.Format
+	if d.Container == "" {
+		d.Format = now.Format
+	}
 	if d.Destination, d.Owner, err = existing(now.Source); err != nil {
 		return fmt.Errorf("disk %s of domain %q: %w", d.Target, of.Name, err)
 	}

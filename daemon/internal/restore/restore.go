@@ -39,7 +39,7 @@ type Hypervisor interface {
 	Define(ctx context.Context, definition string) (uuid string, err error)
 	Undefine(ctx context.Context, uuid string, removeNVRAM bool) error
 	Start(ctx context.Context, uuid string, paused bool) error
-	HasSecret(ctx context.Context, uuid string) (bool, error)
+	HasSecret(ctx context.Context, which hypervisor.Secret) (bool, error)
 }
 
 // Deps is what a Kind works with.

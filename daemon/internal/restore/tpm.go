@@ -1,7 +1,6 @@
 package restore
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -144,31 +143,4 @@ func removeTPMDirectories(p Plan) {
 			_ = os.Remove(filepath.Dir(filepath.Dir(f.Destination)))
 		}
 	}
-}
-
-// planSecrets says which of libvirt's secrets the restored domain needs: no
-// backup has their values.
-func (k *Kind) planSecrets(ctx context.Context, m repository.Manifest, p *Plan) error {
-	for _, s := range m.Secrets {
-		var what string
-		switch {
-		case slices.ContainsFunc(p.Disks, func(d Disk) bool { return d.Target == s.For }):
-			what = "disk " + s.For
-		case s.For == repository.SecretForTPM && slices.ContainsFunc(p.Files, OnlyFile.isTPM):
-			what = "the TPM's state"
-		default:
-			continue
-		}
-		text := fmt.Sprintf("%s is encrypted with libvirt's secret %s", what, s.UUID)
-		known, err := k.Hypervisor.HasSecret(ctx, s.UUID)
-		if err != nil {
-			return err
-		}
-		if !known {
-			text += ", which is not here: define it with that UUID before the domain is started (virsh secret-define, secret-set-value)"
-		}
-		p.Secrets = append(p.Secrets, text)
-	}
-	p.Warnings = append(p.Warnings, p.Secrets...)
-	return nil
 }

@@ -1,0 +1,324 @@
+//go:build lab
+
+package lifecycle
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/hooks/spool"
+)
+
+const (
+	hookPath = "/etc/libvirt/hooks/qemu.d/virtbackup"
+	limit    = 3 * time.Minute
+)
+
+// lab is a host with the hook, but without the daemon: a Keeper of our own takes
+// its place, which sees nothing but what it is made to look at.
+type lab struct {
+	*Keeper
+	t *testing.T
+	h *hypervisor.Hypervisor
+}
+
+func newLab(t *testing.T) *lab {
+	t.Helper()
+	l := &lab{t: t}
+	l.run("systemctl", "stop", "virtbackupd")
+	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
+	var err error
+	if l.h, err = hypervisor.Connect(t.Context(), "qemu:///system", log); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(l.h.Close)
+	l.Keeper = newKeeper(t, l.h, spool.Directory, hookPath)
+	if err := l.Replay(t.Context()); err != nil { // what other tests left
+		t.Fatal(err)
+	}
+	return l
+}
+
+func (l *lab) run(name string, args ...string) string {
+	l.t.Helper()
+	out, err := exec.CommandContext(l.t.Context(), name, args...).CombinedOutput()
+	if err != nil {
+		l.t.Fatalf("%s %s: %v: %s", name, strings.Join(args, " "), err, out)
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// guest is a domain with the disks vda and vdb, paused for ever.
+type guest struct {
+	*lab
+	name  string
+	uuid  string
+	after int64 // the newest mark that was looked at
+}
+
+func (l *lab) guest(name string) *guest {
+	l.t.Helper()
+	g := &guest{lab: l, name: name}
+	l.run("lab-domain", "create", name, "--disk", "qcow2:64M", "--disk", "qcow2:64M")
+	l.t.Cleanup(func() { _ = exec.CommandContext(context.Background(), "lab-domain", "remove", name).Run() })
+	g.uuid = l.run("virsh", "domuuid", name)
+	return g
+}
+
+func (g *guest) virsh(verb string, args ...string) {
+	g.t.Helper()
+	g.run("virsh", append([]string{"-q", verb, g.name}, args...)...)
+}
+func (g *guest) start() { g.t.Helper(); g.virsh("start", "--paused") }
+func (g *guest) stop()  { g.t.Helper(); g.virsh("destroy") }
+func (g *guest) image(target string) string {
+	return "/var/lib/libvirt/images/" + g.name + "-" + target + ".qcow2"
+}
+
+// write changes an image that QEMU does not have open.
+func (g *guest) write(target string) {
+	g.t.Helper()
+	g.run("qemu-io", "-f", "qcow2", "-c", "write -P 5 0 64k", g.image(target))
+}
+
+// marks returns what became known since it was called last, as "vda unseen".
+func (g *guest) marks() []string {
+	g.t.Helper()
+	var d hypervisor.Domain
+	for deadline := time.Now().Add(limit); ; { // libvirt may just be coming back
+		var err error
+		if d, err = g.h.ByUUID(g.t.Context(), g.uuid); err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			g.t.Fatal(err)
+		}
+	}
+	last, newest, err := g.Observe(g.t.Context(), d)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	all := []string{}
+	for _, m := range newest {
+		if m.Number > g.after {
+			g.t.Logf("%q: %s: %s", m.Target, m.Cause, m.Detail)
+			all = append(all, strings.TrimSpace(m.Target+" "+string(m.Cause)))
+		}
+	}
+	g.after = last
+	slices.Sort(all)
+	return all
+}
+
+// killLibvirtd ends libvirtd, and keeps it from coming back until startLibvirtd.
+func (l *lab) killLibvirtd() {
+	l.t.Helper()
+	l.run("systemctl", "stop", "libvirtd.socket", "libvirtd-ro.socket", "libvirtd-admin.socket")
+	l.run("systemctl", "kill", "--signal=KILL", "libvirtd.service")
+	l.run("systemctl", "stop", "libvirtd.service") // no restart
+}
+
+func (l *lab) startLibvirtd() {
+	l.t.Helper()
+	l.run("systemctl", "start", "libvirtd.socket", "libvirtd.service")
+}
+
+// endQEMU has QEMU end in good order, and waits until it is gone.
+func (g *guest) endQEMU() {
+	g.t.Helper()
+	pid := g.run("cat", "/run/libvirt/qemu/"+g.name+".pid")
+	g.run("kill", pid)
+	g.run("tail", "--pid="+pid, "-f", "/dev/null")
+}
+
+// TestWhatHappensToADomain does it, while no daemon runs, and looks at the
+// domain afterwards.
+func TestWhatHappensToADomain(t *testing.T) {
+	l := newLab(t)
+	const all = "unseen"
+	changed, replaced := func(target string) string { return target + " " + string(chain.ChangedWhileOff) },
+		func(target string) string { return target + " " + string(chain.DiskReplaced) }
+	for n, c := range []struct {
+		name string
+		do   func(g *guest) // begins and ends with a domain that runs
+		want []string
+	}{
+		{"it is left alone", func(*guest) {}, nil},
+		{"stop and start", func(g *guest) { g.stop(); g.start() }, nil},
+		{"stop and start, looked at in between", func(g *guest) { g.stop(); g.marks(); g.start() }, nil},
+		{"reset", func(g *guest) { g.virsh("reset") }, nil},
+		{"save and restore", func(g *guest) { g.virsh("managedsave"); g.start() }, nil},
+		{"restart of libvirtd", func(g *guest) { g.run("systemctl", "restart", "libvirtd") }, nil},
+		{"kill of libvirtd, stop and start", func(g *guest) {
+			g.killLibvirtd()
+			g.startLibvirtd()
+			g.stop()
+			g.start()
+		}, nil},
+		{"a start that fails", func(g *guest) {
+			g.stop()
+			g.failStart()
+			g.start()
+		}, nil},
+		{"snapshot and commit", func(g *guest) {
+			g.virsh("snapshot-create-as", "--name", "s", "--disk-only", "--no-metadata")
+			for _, target := range []string{"vda", "vdb"} {
+				g.virsh("blockcommit", target, "--active", "--pivot", "--wait")
+			}
+			g.stop()
+			g.start()
+		}, nil},
+
+		{"write while off", func(g *guest) { g.stop(); g.write("vdb"); g.start() }, []string{changed("vdb")}},
+		{"write while off, looked at in between", func(g *guest) {
+			g.stop()
+			g.marks()
+			g.write("vdb")
+			g.start()
+		}, []string{changed("vdb")}},
+		{"touch", func(g *guest) { g.stop(); g.run("touch", g.image("vda")); g.start() }, []string{changed("vda")}},
+		{"write, and the time set back", func(g *guest) {
+			g.stop()
+			before := g.run("stat", "-c", "%y", g.image("vda"))
+			g.write("vda")
+			g.run("touch", "-d", before, g.image("vda"))
+			g.start()
+		}, []string{changed("vda")}},
+		{"rollback to an older copy", func(g *guest) {
+			g.stop()
+			g.run("cp", "-p", g.image("vdb"), g.image("copy"))
+			g.start()
+			g.marks()
+			g.stop()
+			g.run("cp", "-p", g.image("copy"), g.image("vdb"))
+			g.start()
+		}, []string{changed("vdb")}},
+		{"an equal copy in its place", func(g *guest) {
+			g.stop()
+			g.run("cp", "-p", g.image("vdb"), g.image("copy"))
+			g.run("mv", g.image("copy"), g.image("vdb"))
+			g.start()
+		}, []string{changed("vdb")}},
+		{"another image in the definition", func(g *guest) {
+			g.stop()
+			g.run("cp", "-p", g.image("vdb"), g.image("other"))
+			g.run("sh", "-c", fmt.Sprintf("virsh dumpxml --inactive %s | sed s,%s,%s, | virsh define /dev/stdin", g.name, g.image("vdb"), g.image("other")))
+			g.start()
+		}, []string{replaced("vdb")}},
+		{"detach and attach", func(g *guest) { g.replug() }, []string{replaced("vdb")}},
+		{"detach and attach, then stop and start", func(g *guest) { g.replug(); g.stop(); g.start() }, []string{replaced("vdb")}},
+		{"attach", func(g *guest) {
+			g.run("qemu-img", "create", "-q", "-f", "qcow2", g.image("vdc"), "16M")
+			g.virsh("attach-disk", g.image("vdc"), "vdc", "--subdriver", "qcow2", "--live", "--config")
+			g.stop()
+			g.start()
+		}, []string{replaced("vdc")}},
+
+		{"end of QEMU while libvirtd is down", func(g *guest) {
+			g.killLibvirtd()
+			g.endQEMU()
+			g.write("vdb")
+			g.startLibvirtd()
+			g.start()
+		}, []string{all}},
+		{"stop and start without the hook", func(g *guest) {
+			g.without(func() { g.stop(); g.start() })
+		}, []string{all}},
+		{"stop without the hook", func(g *guest) {
+			g.without(g.stop)
+			g.start()
+		}, []string{all}},
+		{"start without the hook", func(g *guest) {
+			g.stop()
+			g.without(g.start)
+		}, []string{all}},
+		{"the same number again, without the hook", func(g *guest) {
+			g.without(func() {
+				g.killLibvirtd()
+				g.endQEMU()
+				g.startLibvirtd()
+				g.start()
+			})
+		}, []string{all}},
+		{"a record that cannot be read", func(g *guest) {
+			g.stop()
+			records, err := filepath.Glob(spool.Directory + "/*.json")
+			if err != nil || len(records) == 0 {
+				g.t.Fatal(records, err)
+			}
+			if err := os.Truncate(records[0], 100); err != nil {
+				g.t.Fatal(err)
+			}
+			g.start()
+		}, []string{all}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			one := *l
+			one.t = t
+			g := one.guest(fmt.Sprintf("lifecycle%d", n))
+			g.start()
+			g.marks() // of one that was never seen before
+			c.do(g)
+			if got := g.marks(); !slices.Equal(got, c.want) {
+				t.Errorf("there are the marks %q, not %q", got, c.want)
+			}
+			if got := g.marks(); len(got) > 0 {
+				t.Errorf("looked at again, there are marks %q", got)
+			}
+		})
+	}
+}
+
+// failStart has a hook of the admin refuse a start, so that all other hooks see
+// one that fails.
+func (g *guest) failStart() {
+	g.t.Helper()
+	const refuse = "/etc/libvirt/hooks/qemu.d/refuse"
+	if err := os.WriteFile(refuse, []byte("#!/bin/sh\n[ \"$2\" != start ]\n"), 0o755); err != nil {
+		g.t.Fatal(err)
+	}
+	defer os.Remove(refuse)
+	if out, err := exec.CommandContext(g.t.Context(), "virsh", "start", "--paused", g.name).CombinedOutput(); err == nil {
+		g.t.Fatalf("the start did not fail: %s", out)
+	}
+}
+
+// replug detaches vdb, writes to it, and attaches it again.
+func (g *guest) replug() {
+	g.t.Helper()
+	events := g.h.Subscribe(g.t.Context())
+	// Paused, and without a system, it agrees to nothing; QEMU itself needs no agreement.
+	g.run("virsh", "-q", "qemu-monitor-command", g.name, "--hmp", "cont")
+	g.virsh("detach-disk", "vdb", "--live")
+	for e := range events {
+		if e.Kind == hypervisor.EventDeviceRemoved && e.UUID == g.uuid {
+			break
+		}
+	}
+	g.write("vdb")
+	g.virsh("attach-disk", g.image("vdb"), "vdb", "--subdriver", "qcow2", "--live")
+}
+
+// without does something while libvirt has no hook of ours.
+func (g *guest) without(do func()) {
+	g.t.Helper()
+	if err := os.Chmod(hookPath, 0o644); err != nil {
+		g.t.Fatal(err)
+	}
+	defer func() {
+		if err := os.Chmod(hookPath, 0o755); err != nil {
+			g.t.Error(err)
+		}
+	}()
+	do()
+}

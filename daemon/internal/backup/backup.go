@@ -44,6 +44,7 @@ type Hypervisor interface {
 	Subscribe(ctx context.Context) <-chan hypervisor.Event
 	BackupDefinition(ctx context.Context, uuid string) (string, error)
 	BeginBackup(ctx context.Context, uuid string, b hypervisor.Begin) error
+	PutOverlays(ctx context.Context, uuid string, paths map[string]string) error
 	BackupJob(ctx context.Context, uuid string) (hypervisor.BackupJob, error)
 	EndBackup(ctx context.Context, uuid string) error
 	ListOurs(ctx context.Context, uuid string) ([]string, error)
@@ -73,6 +74,9 @@ type Catalog interface {
 	SetCheckpointXML(ctx context.Context, name, xml string) error
 	RemovedCheckpoint(ctx context.Context, name string) error
 	DropCheckpoint(ctx context.Context, name string) error
+	AddOverlays(ctx context.Context, all []catalog.Overlay) error
+	Overlays(ctx context.Context, domain string) ([]catalog.Overlay, error)
+	KeptOverlays(ctx context.Context, domain string) ([]catalog.Overlay, error)
 	Domains(ctx context.Context, offering string) ([]catalog.Domain, error)
 	Job(ctx context.Context, id string) (catalog.Job, error)
 	UnfinishedJobs(ctx context.Context) ([]catalog.Job, error)
@@ -97,6 +101,7 @@ type Deps struct {
 	Quiescer   Quiescer
 	Keeper     Keeper
 	Exporter   *export.Exporter
+	Overlays   Overlays
 	Errands    errand.Sender
 	Settings   func() Settings
 	Version    string // of this program, for manifests

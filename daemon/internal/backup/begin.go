@@ -169,7 +169,7 @@ func (r *run) stillWatched(ctx context.Context, d hypervisor.Domain) error {
 		return err
 	}
 	for _, k := range r.Plan.Disks {
-		if m, unseen := lifecycle.Unseen(marks, k.Target, r.Plan.Mark); unseen && k.Changes == chain.CBT {
+		if m, unseen := lifecycle.Unseen(marks, k.Target, r.Plan.Mark); unseen && (k.Changes == chain.CBT || k.Changes == chain.Snapshot) {
 			return failure.Errorf(dbus.ErrBusy, "something happened to disk %s of domain %q (%s) while its backup was being prepared: start the backup again",
 				k.Target, r.Plan.DomainName, m.Cause)
 		}

@@ -36,6 +36,7 @@ func (r *run) finish(ctx context.Context, m *repository.Manifest) error {
 		return err
 	}
 	r.warn(ctx, "remove what was made for the copy", r.source().remove())
+	r.warn(ctx, "commit the overlays of the backup before", r.settleAfter(ctx))
 	r.warn(ctx, "remove old checkpoints", r.tidy(ctx, r.Plan.Domain))
 	r.warn(ctx, "forget the worker", r.Errands.Supervisor.Forget(ctx, r.job.Job().ID))
 	return nil

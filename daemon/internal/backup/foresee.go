@@ -25,6 +25,7 @@ func Foresee(r Request, d hypervisor.Domain, last *catalog.Head, marks []catalog
 			disks = append(disks, k)
 		}
 	}
+	f.foreseen()
 	var tip catalog.Backup
 	if last != nil && last.Tip != nil {
 		tip = *last.Tip

@@ -56,6 +56,9 @@ func (r *run) gather(ctx context.Context) (f facts, err error) {
 	if f.repository, err = r.Catalog.Repository(ctx, f.request.Repository); err != nil {
 		return f, err
 	}
+	if err := r.settle(ctx, f.request); err != nil {
+		return f, err
+	}
 	if f.domain, err = r.lookup(ctx, f.request.Domain); err != nil {
 		return f, err
 	}
@@ -74,18 +77,26 @@ func (r *run) gather(ctx context.Context) (f facts, err error) {
 	if f.boot, err = bootID(); err != nil {
 		return f, err
 	}
+	return f, r.gatherLast(ctx, &f)
+}
+
+// gatherLast asks for the last backup, and what tells the changes since.
+func (r *run) gatherLast(ctx context.Context, f *facts) error {
 	head, err := r.Catalog.LatestChain(ctx, f.request.Domain, f.request.Repository)
-	if errors.Is(err, catalog.ErrNotFound) {
-		return f, nil
+	if err != nil && !errors.Is(err, catalog.ErrNotFound) {
+		return err
 	}
-	if err != nil {
-		return f, err
+	if err == nil {
+		f.last = &head
 	}
-	f.last = &head
-	if head.Checkpoint != nil {
-		f.bitmaps, err = r.bitmaps(ctx, f.domain, *head.Checkpoint)
+	if f.offline != nil {
+		return nil
 	}
-	return f, err
+	if err := r.overlays(ctx, f); err != nil || head.Checkpoint == nil {
+		return err
+	}
+	f.bitmaps, err = r.bitmaps(ctx, f.domain, *head.Checkpoint)
+	return err
 }
 
 // bootID names the host's boot, random(4).
@@ -237,6 +248,6 @@ func (p Plan) row(job string, created time.Time) catalog.Backup {
 func (p Plan) image(k Disk) catalog.Image {
 	return catalog.Image{
 		Target: k.Target, Kind: k.Kind, Tracking: k.Tracking, Changes: k.Changes, Cause: k.Cause,
-		Source: k.Source, Format: k.Format, Size: k.Size, Backing: k.Backing, Run: p.Run, Node: k.Node,
+		Source: k.Own.Source, Format: k.Own.Format, Size: k.Size, Backing: k.Own.Backing, Run: p.Run, Node: k.Node,
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/overlay"
 	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
 )
 
@@ -72,7 +73,7 @@ func (k *Kind) reconcileDomains(ctx context.Context) error {
 	all, err := k.Hypervisor.Domains(limited)
 	failed := []error{err}
 	for _, d := range all {
-		if d.Job || slices.ContainsFunc(d.Checkpoints, hypervisor.OursCheckpoint) {
+		if d.Job || slices.ContainsFunc(d.Checkpoints, hypervisor.OursCheckpoint) || overlay.Concerned(d) {
 			names[d.UUID] = d.Name
 		}
 	}
@@ -122,7 +123,7 @@ func (k *Kind) reconcileDomain(ctx context.Context, uuid string) error {
 			return err
 		}
 	}
-	return errors.Join(k.dropSnapshotted(limited, d), k.tidy(ctx, uuid))
+	return errors.Join(k.dropSnapshotted(limited, d), k.tidy(ctx, uuid), k.reconcileOverlays(ctx, d))
 }
 
 // removeFiles removes scratch images and sockets of backups that are not running.

@@ -10,6 +10,7 @@ import (
 const (
 	sourceLive    = "live"    // a running domain: libvirt's backup job, see live
 	sourceStopped = "stopped" // a domain that is off, see stopped
+	sourceFrozen  = "frozen"  // what is below new overlays, see frozen
 )
 
 // source is what the disks are copied from, and knows how their point in time
@@ -54,8 +55,11 @@ type server struct {
 
 // source is the one of the run's plan.
 func (r *run) source() source {
-	if r.Plan.Source == sourceStopped {
+	switch r.Plan.Source {
+	case sourceStopped:
 		return stopped{r}
+	case sourceFrozen:
+		return frozen{r}
 	}
 	return live{r}
 }

@@ -29,7 +29,7 @@ func (k *Kind) Undo(ctx context.Context, h *job.Handle) error {
 		return err
 	}
 	if h.Job().Step == "" { // planned at most
-		return ignoreGone(k.tidy(ctx, h.Job().Domain))
+		return errors.Join(ignoreGone(k.tidy(ctx, h.Job().Domain)), r.settleAfter(ctx))
 	}
 	left, err := r.stopWorker(ctx)
 	failed := []error{err, r.source().end(ctx), r.source().remove()}
@@ -44,7 +44,7 @@ func (k *Kind) Undo(ctx context.Context, h *job.Handle) error {
 		failed = append(failed, r.discard(ctx, left))
 	}
 	// Last: it deletes the checkpoint of a backup that has failed.
-	failed = append(failed, ignoreGone(k.tidy(ctx, r.Plan.Domain)))
+	failed = append(failed, ignoreGone(k.tidy(ctx, r.Plan.Domain)), r.settleAfter(ctx))
 	return errors.Join(failed...)
 }
 

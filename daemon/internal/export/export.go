@@ -49,6 +49,7 @@ type Disk struct {
 	Name   string             // of the export
 	Layers []hypervisor.Layer // top first
 	Bitmap string             // of the top layer, to be shown with it; "" for none
+	Depth  bool               // show with it in which layer each part is (qemu:allocation-depth)
 }
 
 // Exporter runs the servers of this host. It is safe for concurrent use; one
@@ -176,6 +177,9 @@ func (e *Exporter) unit(job string, disks []Disk, limits jobunit.Limits) (jobuni
 		}
 		block["node-name"] = node
 		server := options{"type": "nbd", "id": node, "node-name": node, "name": d.Name, "writable": false}
+		if d.Depth {
+			server["allocation-depth"] = true
+		}
 		if d.Bitmap != "" {
 			server["bitmaps"] = []string{d.Bitmap}
 		}

@@ -105,6 +105,12 @@ func Concerned(d hypervisor.Domain) bool {
 	})
 }
 
+// Saved tells whether a domain is off because it was saved: its state may be
+// restored, with the layers that its disks had then.
+func Saved(d hypervisor.Domain) bool {
+	return !d.Active && (d.HasManagedSave || d.StateReason == "saved")
+}
+
 // commit does one commit, if nothing speaks against it.
 func (k *Keeper) commit(ctx context.Context, d hypervisor.Domain, c commit, known []catalog.Overlay) error {
 	if err := k.mayCommit(ctx, d, c); err != nil {
@@ -143,6 +149,9 @@ func (k *Keeper) mayCommit(ctx context.Context, d hypervisor.Domain, c commit) e
 	}
 	if len(d.Snapshots) > 0 {
 		return fmt.Errorf("domain %q has snapshots, delete them first: %w", d.Name, ErrHeld)
+	}
+	if Saved(d) {
+		return fmt.Errorf("domain %q is saved, and its saved state names its layers: %w", d.Name, ErrHeld)
 	}
 	below, err := hypervisor.ReadImage(ctx, c.base.Path, c.base.Format)
 	if err != nil {

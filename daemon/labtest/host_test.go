@@ -297,7 +297,10 @@ func (g *guest) io(target string, commands ...string) {
 	}
 	disks := g.disks()
 	device := slices.IndexFunc(drives, func(d drive) bool {
-		return slices.ContainsFunc(disks, func(k disk) bool { return k.target == target && k.file == d.Inserted.Image.Filename })
+		name := d.Inserted.Image.Filename // of an encrypted one as JSON
+		return slices.ContainsFunc(disks, func(k disk) bool {
+			return k.target == target && (k.file == name || strings.HasPrefix(name, "json:") && strings.Contains(name, `"`+k.file+`"`))
+		})
 	})
 	if device < 0 {
 		g.t.Fatalf("QEMU has no drive for disk %s: %+v", target, drives)

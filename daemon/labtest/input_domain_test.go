@@ -4,7 +4,6 @@ package labtest
 
 import (
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -105,24 +104,10 @@ func TestInputDisksThatAreRefused(t *testing.T) {
 	})
 }
 
-const luksPassword = "canary-of-the-encrypted-disk"
-
 func testEncrypted(t *testing.T, h *host) {
-	file := filepath.Join(fresh(t, "/var/lib/libvirt/images"), "disk.luks")
-	if err := os.Chmod(filepath.Dir(file), 0o711); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(filepath.Dir(file)) })
-	// qemu-img measures the processor to choose the key's iterations, and gives
-	// up on one that is busy with something else.
-	eventually(t, "qemu-img makes a LUKS image", func() error {
-		return exec.Command("qemu-img", "create", "-q", "-f", "luks", "--object", "secret,id=key,data="+luksPassword,
-			"-o", "key-secret=key,iter-time=10", file, "8M").Run()
-	})
-	secret := defineSecret(t, "<usage type='volume'><volume>"+file+"</volume></usage>", luksPassword)
-	g := startBare(t, "input-luks", `<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='`+file+
-		`'><encryption format='luks'><secret type='passphrase' uuid='`+secret+`'/></encryption></source><target dev='vda' bus='virtio'/></disk>`)
-	refuses(t, "backup", h.try(g, dbus.BackupOptions{}), dbus.ErrUnsupported, `"input-luks"`, "vda", "encrypted")
+	disk, _ := luksDisk(t, "vda", "raw")
+	g := startBare(t, "input-luks", disk)
+	refuses(t, "backup", h.try(g, dbus.BackupOptions{}), dbus.ErrUnsupported, `"input-luks"`, "vda", "encrypted", "shut the domain off")
 	h.holdsNoSecret([]byte(luksPassword))
 }
 

@@ -182,6 +182,7 @@ func TestInputUse(t *testing.T) {
 func configure(t *testing.T, settings string) {
 	t.Helper()
 	const file = "/etc/virtbackup/virtbackupd.toml"
+	command(t, "", "systemctl", "start", "virtbackupd.service") // whose start makes the directory
 	before, err := os.ReadFile(file)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		t.Fatal(err)

@@ -122,7 +122,7 @@ func TestTPM(t *testing.T) {
 	})
 	virsh(t, "start", g.name)
 	notMadeAnew(t, g.name, 1)
-	h.nothingLeft(g)
+	eventually(t, "no file of a job is left", noFiles)
 	if left, err := filepath.Glob("/var/lib/libvirt/swtpm/.virtbackup-*"); err != nil || len(left) > 0 {
 		t.Errorf("directories are left: %v, %v", left, err)
 	}

@@ -158,7 +158,7 @@ func (a *app) wire() {
 		}),
 	})
 	restores := restore.New(restore.Deps{
-		Catalog: a.catalog, Hypervisor: a.hypervisor, Errand: errands, Log: a.log,
+		Catalog: a.catalog, Hypervisor: a.hypervisor, Errand: errands, Overlays: overlays, Log: a.log,
 		Destinations: func() []string { return a.settings.Load().Restore.Destinations },
 	})
 	a.engine = job.New(a.catalog, map[string]job.Kind{
@@ -313,6 +313,9 @@ func awaitReconcile(ctx context.Context, events <-chan hypervisor.Event) bool {
 		case e, ok := <-events:
 			if !ok {
 				return false
+			}
+			if e.Kind == hypervisor.EventSnapshot {
+				return true // somebody may be about to revert to it
 			}
 			if !soon && (e.Kind == hypervisor.EventLifecycle || e.Kind == hypervisor.EventMissed) {
 				soon = true

@@ -41,6 +41,11 @@ func Connect(ctx context.Context, uri string, log *slog.Logger) (*Hypervisor, er
 	keep, stop := context.WithCancel(context.WithoutCancel(ctx))
 	h.stop = stop
 	go h.keep(keep, lost)
+	go func() {
+		if err := h.watchSnapshots(keep, snapshotDirectory); err != nil {
+			log.Warn("snapshots are not seen at once, but later", "error", err)
+		}
+	}()
 	return h, nil
 }
 

@@ -26,6 +26,7 @@ const (
 	EventAgent         EventKind = "agent"          // Action: connected, disconnected
 	EventIOError       EventKind = "io-error"       // Device is the alias; Detail is the reason ("enospc")
 	EventControlError  EventKind = "control-error"  // libvirt lost QEMU's monitor
+	EventSnapshot      EventKind = "snapshot"       // libvirt wrote down a snapshot; only Name is known, or nothing
 	EventMissed        EventKind = "missed"         // events may have been missed: libvirtd was away, or the receiver was too slow
 )
 

@@ -323,8 +323,12 @@ func TestLabInterrupted(t *testing.T) {
 				} else {
 					t.Log(err)
 				}
+				g.k.Hypervisor = g.h
 				if state := strings.TrimSpace(host(t, "virsh", "-q", "domstate", g.name)); state != "paused" {
 					g.start()
+				}
+				for target := range targets { // one that goes on does so faster
+					_ = exec.Command("virsh", "-q", "blockjob", g.name, target, "--bandwidth", "0").Run()
 				}
 				g.settle()
 				g.is(left...)

@@ -47,8 +47,14 @@ type Deps struct {
 	Catalog      *catalog.Catalog
 	Hypervisor   Hypervisor
 	Errand       errand.Sender
+	Overlays     Overlays
 	Destinations func() []string // directories below which new domains' disks may be; the first is the default
 	Log          *slog.Logger
+}
+
+// Overlays are the images that tracking by snapshot puts on disks, see overlay.Keeper.
+type Overlays interface {
+	Drop(ctx context.Context, uuid string) error
 }
 
 // Kind restores backups; Request.InPlace says which way.
@@ -125,6 +131,11 @@ func (k *Kind) begin(ctx context.Context, h *job.Handle, r Request) (state, erro
 		}
 		return s, nil
 	}
+	if r.InPlace {
+		if err := k.dropOverlays(ctx, r); err != nil {
+			return s, err
+		}
+	}
 	plan, err := k.Plan(ctx, r)
 	if err != nil {
 		return s, err
@@ -135,6 +146,27 @@ func (k *Kind) begin(ctx context.Context, h *job.Handle, r Request) (state, erro
 		h.Log(ctx, slog.LevelWarn, text)
 	}
 	return s, h.Step(ctx, stepPlanned, s)
+}
+
+// dropOverlays has the disks of a stopped domain be what they are without
+// overlays of ours, so that these are what changes places. A domain that
+// cannot be restored in place is left as it is.
+func (k *Kind) dropOverlays(ctx context.Context, r Request) error {
+	b, err := k.Catalog.Backup(ctx, r.Backup)
+	if err != nil {
+		return err
+	}
+	d, err := k.Hypervisor.ByUUID(ctx, b.Domain)
+	if errors.Is(err, hypervisor.ErrNoDomain) || err == nil && occupied(d) != "" {
+		return nil // the plan says so
+	}
+	if err == nil {
+		err = k.Overlays.Drop(ctx, b.Domain)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot take overlays of backups from the disks: %w", err)
+	}
+	return nil
 }
 
 // tryDefinition makes sure, before disks are copied for an hour, that a new

@@ -136,17 +136,6 @@ func (s *scene) bring(state string) {
 	}
 }
 
-// edit has qemu-io carry out commands on the image of a disk that nobody uses.
-func (s *scene) edit(target string, commands ...string) {
-	s.t.Helper()
-	d := s.disk(target)
-	args := []string{"-f", d.format}
-	for _, c := range commands {
-		args = append(args, "-c", c)
-	}
-	command(s.t, "", "qemu-io", append(args, d.file)...)
-}
-
 // attach attaches an image as a disk of the domain.
 func (s *scene) attach(file, target, format string, flags ...string) {
 	s.t.Helper()

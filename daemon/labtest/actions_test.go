@@ -65,7 +65,7 @@ var atRest = []action{
 	}},
 	{name: "edited beneath qcow2", do: func(s *scene, target string) { scribble(s.t, s.disk(target)) }, can: isSingleQcow2},
 	{name: "qemu-img bitmap --remove", do: func(s *scene, target string) {
-		for _, name := range s.bitmapsAtRest(target) {
+		for _, name := range s.offlineBitmaps(target) {
 			command(s.t, "", "qemu-img", "bitmap", "--remove", "-f", "qcow2", s.disk(target).file, name)
 		}
 	}, can: isQcow2},
@@ -83,7 +83,7 @@ var atRest = []action{
 		s.edit(target, "write -P 93 1M 64k")
 		command(s.t, "", "qemu-img", "snapshot", "-a", "outside", d.file)
 		command(s.t, "", "qemu-img", "snapshot", "-d", "outside", d.file)
-	}, can: func(s *scene, target string) bool { return isQcow2(s, target) && len(s.bitmapsAtRest(target)) == 0 }},
+	}, can: func(s *scene, target string) bool { return isQcow2(s, target) && len(s.offlineBitmaps(target)) == 0 }},
 	{name: externalSnapshot + " of the domain that is off", do: func(s *scene, target string) {
 		s.external(target)
 	}, can: noSnapshots},
@@ -300,23 +300,6 @@ var live = []action{
 		s.end("-TERM")
 		s.isOff()
 	}},
-}
-
-// bitmapsAtRest are those that the image of a disk carries while nobody uses it.
-func (s *scene) bitmapsAtRest(target string) []string {
-	s.t.Helper()
-	var info struct {
-		Specific struct {
-			Data struct{ Bitmaps []struct{ Name string } }
-		} `json:"format-specific"`
-	}
-	d := s.disk(target)
-	decode(s.t, command(s.t, "", "qemu-img", "info", "-U", "--output=json", "-f", d.format, d.file), &info)
-	var names []string
-	for _, b := range info.Specific.Data.Bitmaps {
-		names = append(names, b.Name)
-	}
-	return names
 }
 
 func hasBitmap(s *scene, target string) bool { return len(s.bitmaps(target)) > 0 }

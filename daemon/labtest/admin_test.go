@@ -3,6 +3,7 @@
 package labtest
 
 import (
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -126,7 +127,7 @@ func (s *scene) said() string {
 		if strings.HasPrefix(line, "virsh dumpxml") {
 			continue
 		}
-		line = strings.NewReplacer(s.directory, "DIRECTORY", s.name, "NAME", s.uuid, "UUID").Replace(line)
+		line = strings.NewReplacer(s.directory, "DIRECTORY", filepath.Base(s.directory), "NAME", s.uuid, "UUID").Replace(line)
 		all = append(all, itsOwn.ReplaceAllString(line, "…"))
 	}
 	return strings.Join(all, "\n")

@@ -222,7 +222,7 @@ func (k *Keeper) observe(ctx context.Context, d hypervisor.Domain) (entry, error
 	}
 }
 
-// OwnWork runs fn, which changes images of a domain that is off, and takes what
+// OwnWork runs fn, which changes images of a domain that is off, or gives it others, and takes what
 // they are afterwards for known. What changed before leaves marks, and so does
 // a start meanwhile. The error is fn's, or that of what is around it.
 func (k *Keeper) OwnWork(ctx context.Context, d hypervisor.Domain, fn func() error) error {
@@ -236,7 +236,12 @@ func (k *Keeper) OwnWork(ctx context.Context, d hypervisor.Domain, fn func() err
 		return fmt.Errorf("cannot work on the disks of domain %s: it was started", d.Name)
 	}
 	failed := fn()
-	o, err := k.look(ctx, d)
+	// The work may have given it other images.
+	now, err := k.Domains.ByUUID(ctx, d.UUID)
+	if err != nil || now.Active {
+		return cmp.Or(failed, err)
+	}
+	o, err := k.look(ctx, now)
 	if err != nil {
 		return cmp.Or(failed, err)
 	}

@@ -120,12 +120,38 @@ func TestTPM(t *testing.T) {
 		}
 		isSwtpms(t, g.uuid)
 	})
+	t.Run("of a domain that is off", func(t *testing.T) {
+		now := restamp(t, g.uuid)
+		h := h.in(t)
+		if got := h.file(h.backup(g, dbus.BackupOptions{}), "tpm/tpm2-00.permall"); !bytes.Equal(got, now) {
+			t.Error("the backup does not have the TPM's state")
+		}
+	})
 	virsh(t, "start", g.name)
 	notMadeAnew(t, g.name, 1)
 	eventually(t, "no file of a job is left", noFiles)
 	if left, err := filepath.Glob("/var/lib/libvirt/swtpm/.virtbackup-*"); err != nil || len(left) > 0 {
 		t.Errorf("directories are left: %v, %v", left, err)
 	}
+}
+
+// TestNeverStarted backs up a domain whose variable store and TPM are yet to be
+// made, and restores it.
+func TestNeverStarted(t *testing.T) {
+	h := newHost(t)
+	g := defineBare(t, "never-started", bareDisk(t, "vda", "qcow2", ""), fmt.Sprintf(tpmXML, ""))
+	const firmware = `<loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.fd</loader>
+		<nvram template='/usr/share/OVMF/OVMF_VARS_4M.fd'>/var/lib/libvirt/qemu/nvram/never-started.fd</nvram></os><features><acpi/></features>`
+	command(t, strings.Replace(virsh(t, "dumpxml", g.name), "</os>", firmware, 1), "virsh", "-q", "define", "/dev/stdin")
+	content := filepath.Join(t.TempDir(), "vda")
+	command(t, "", "qemu-img", "convert", "-f", "qcow2", "-O", "raw", g.disks()[0].file, content)
+	b := h.backup(g, dbus.BackupOptions{})
+	for _, name := range []string{"nvram", "tpm"} {
+		if _, err := os.Stat(filepath.Join(h.path, b.DomainUUID, b.ID, name)); err == nil {
+			t.Errorf("the backup has %s", name)
+		}
+	}
+	h.restoreIsExact(b, snapshot{"vda": content})
 }
 
 // notMadeAnew checks how many times libvirt had the TPM of a domain made: it

@@ -4,7 +4,9 @@ package labtest
 
 import (
 	"encoding/json"
+	"errors"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -129,4 +131,81 @@ func TestStopped(t *testing.T) {
 			t.Errorf("%s has the bitmaps %v", target, left)
 		}
 	}
+}
+
+// TestStoppedStates is about domains that are off in other ways than by a clean
+// end on one image file.
+func TestStoppedStates(t *testing.T) {
+	h := newHost(t)
+	t.Run("saved", func(t *testing.T) {
+		g := defineGuest(t, "qcow2:8M")
+		h.in(t).backup(g, dbus.BackupOptions{})
+		command(t, "", "virsh", "-q", "start", "--paused", g.name)
+		g.io("vda", "write -P 1 1M 64k")
+		command(t, "", "virsh", "-q", "managedsave", g.name, "--paused")
+		want := g.snapshot()
+		b := h.backup(g, dbus.BackupOptions{})
+		if b.Consistency != dbus.ConsistencyCrash || foundBy(b, "vda") != "cbt" {
+			t.Errorf("it is %s, found by %s", b.Consistency, foundBy(b, "vda"))
+		}
+		h.chainIsExact(b, want)
+		command(t, "", "virsh", "-q", "start", g.name) // restores
+		command(t, "", "virsh", "-q", "resume", g.name)
+		g.io("vda", "write -P 2 2M 64k")
+		want = g.snapshot()
+		b = h.backup(g, dbus.BackupOptions{})
+		if foundBy(b, "vda") != "cbt" {
+			t.Errorf("after the restore: %s", foundBy(b, "vda"))
+		}
+		h.chainIsExact(b, want)
+		h.nothingLeft(g)
+	})
+	t.Run("block device", func(t *testing.T) {
+		file := filepath.Join("/var/tmp", filepath.Base(fresh(t, "/var/tmp"))+".img")
+		command(t, "", "truncate", "-s", "8M", file)
+		loop := command(t, "", "losetup", "--find", "--show", file)
+		t.Cleanup(func() { command(t, "", "losetup", "-d", loop); _ = os.Remove(file) })
+		device := `<disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='` + loop + `'/><target dev='vda' bus='virtio'/></disk>`
+		g := defineBare(t, "stopped-block", device)
+		command(t, "", "qemu-io", "-f", "raw", "-c", "write -P 1 0 1M", loop)
+		b := h.in(t).backup(g, dbus.BackupOptions{})
+		h.chainIsExact(b, snapshot{"vda": rawCopy(t, loop)})
+		command(t, "", "qemu-io", "-f", "raw", "-c", "write -P 2 1M 64k", loop)
+		b = h.backup(g, dbus.BackupOptions{})
+		if b.Disks[0].Changes != dbus.TrackingDigest || b.Disks[0].StoredBytes > 1<<20 {
+			t.Errorf("%s, %d bytes", foundBy(b, "vda"), b.Disks[0].StoredBytes)
+		}
+		h.chainIsExact(b, snapshot{"vda": rawCopy(t, loop)})
+	})
+	t.Run("firmware", func(t *testing.T) {
+		nvram := filepath.Join(fresh(t, "/var/lib/libvirt/images"), "nvram")
+		if err := os.WriteFile(nvram, []byte("variables"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		g := defineGuest(t, "qcow2:4M")
+		definition := command(t, "", "virsh", "-q", "dumpxml", "--inactive", g.name)
+		definition = strings.Replace(definition, "</os>", "<loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE.fd</loader><nvram>"+nvram+"</nvram></os>", 1)
+		command(t, definition, "virsh", "-q", "define", "/dev/stdin")
+		b := h.in(t).backup(g, dbus.BackupOptions{})
+		got, err := os.ReadFile(filepath.Join(h.path, b.DomainUUID, b.ID, "nvram"))
+		if err != nil || string(got) != "variables" {
+			t.Errorf("the variable store of the backup is %q, %v", got, err)
+		}
+	})
+	t.Run("base that is no file", func(t *testing.T) {
+		g := defineGuest(t, "qcow2:4M")
+		command(t, "", "qemu-img", "rebase", "-u", "-f", "qcow2", "-b", "nbd://127.0.0.1/x", "-F", "raw", g.disks()[0].file)
+		j := h.in(t).end(h.start(g, dbus.BackupOptions{}))
+		if !errors.Is(j.Err(), dbus.ErrUnsupported) || !strings.Contains(j.Err().Error(), "vda") {
+			t.Errorf("the job failed with: %v", j.Err())
+		}
+	})
+}
+
+// rawCopy copies what a block device holds.
+func rawCopy(t *testing.T, device string) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "raw")
+	command(t, "", "qemu-img", "convert", "-f", "raw", "-O", "raw", device, file)
+	return file
 }

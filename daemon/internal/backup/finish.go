@@ -127,7 +127,8 @@ func (k *Kind) delete(ctx context.Context, uuid, name, definition string) error 
 	if d.Active {
 		return work()
 	}
-	return k.Keeper.OwnWork(ctx, d, work)
+	// Begun, it is carried through: what the images are then has to become known.
+	return k.Keeper.OwnWork(context.WithoutCancel(ctx), d, work)
 }
 
 // forget has libvirt forget a checkpoint, once its definition is in the catalog:

@@ -118,7 +118,8 @@ func (r stopped) addBitmaps(ctx context.Context, d hypervisor.Domain) error {
 			continue
 		}
 		disk, _ := d.Disk(k.Target)
-		err := r.Keeper.OwnWork(ctx, d, func() error { return hypervisor.AddBitmap(ctx, disk, r.Plan.Checkpoint) })
+		// Begun, it is carried through: what the image is then has to become known.
+		err := r.Keeper.OwnWork(context.WithoutCancel(ctx), d, func() error { return hypervisor.AddBitmap(ctx, disk, r.Plan.Checkpoint) })
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}

@@ -58,7 +58,8 @@ func (l *lab) run(name string, args ...string) string {
 	return strings.TrimSpace(string(out))
 }
 
-// guest is a domain with the disks vda and vdb, paused for ever.
+// guest is a domain with the disks vda and sdb, paused for ever. One is on SCSI,
+// where a disk can be unplugged although no system agrees.
 type guest struct {
 	*lab
 	name  string
@@ -69,7 +70,7 @@ type guest struct {
 func (l *lab) guest(name string) *guest {
 	l.t.Helper()
 	g := &guest{lab: l, name: name}
-	l.run("lab-domain", "create", name, "--disk", "qcow2:64M", "--disk", "qcow2:64M")
+	l.run("lab-domain", "create", name, "--disk", "qcow2:64M", "--disk", "qcow2:64M:bus=scsi")
 	l.t.Cleanup(func() { _ = exec.CommandContext(context.Background(), "lab-domain", "remove", name).Run() })
 	g.uuid = l.run("virsh", "domuuid", name)
 	return g
@@ -133,6 +134,21 @@ func (l *lab) startLibvirtd() {
 	l.run("systemctl", "start", "libvirtd.socket", "libvirtd.service")
 }
 
+// await waits until libvirtd, which was just started, has found out whether the
+// domain runs.
+func (g *guest) await(state string) {
+	g.t.Helper()
+	for deadline := time.Now().Add(limit); ; time.Sleep(50 * time.Millisecond) {
+		out, err := exec.CommandContext(g.t.Context(), "virsh", "-q", "domstate", g.name).CombinedOutput()
+		if err == nil && strings.TrimSpace(string(out)) == state {
+			return
+		}
+		if time.Now().After(deadline) {
+			g.t.Fatalf("%s is %s, not %s: %v", g.name, out, state, err)
+		}
+	}
+}
+
 // endQEMU has QEMU end in good order, and waits until it is gone.
 func (g *guest) endQEMU() {
 	g.t.Helper()
@@ -162,6 +178,7 @@ func TestWhatHappensToADomain(t *testing.T) {
 		{"kill of libvirtd, stop and start", func(g *guest) {
 			g.killLibvirtd()
 			g.startLibvirtd()
+			g.await("paused")
 			g.stop()
 			g.start()
 		}, nil},
@@ -172,20 +189,20 @@ func TestWhatHappensToADomain(t *testing.T) {
 		}, nil},
 		{"snapshot and commit", func(g *guest) {
 			g.virsh("snapshot-create-as", "--name", "s", "--disk-only", "--no-metadata")
-			for _, target := range []string{"vda", "vdb"} {
+			for _, target := range []string{"vda", "sdb"} {
 				g.virsh("blockcommit", target, "--active", "--pivot", "--wait")
 			}
 			g.stop()
 			g.start()
 		}, nil},
 
-		{"write while off", func(g *guest) { g.stop(); g.write("vdb"); g.start() }, []string{changed("vdb")}},
+		{"write while off", func(g *guest) { g.stop(); g.write("sdb"); g.start() }, []string{changed("sdb")}},
 		{"write while off, looked at in between", func(g *guest) {
 			g.stop()
 			g.marks()
-			g.write("vdb")
+			g.write("sdb")
 			g.start()
-		}, []string{changed("vdb")}},
+		}, []string{changed("sdb")}},
 		{"touch", func(g *guest) { g.stop(); g.run("touch", g.image("vda")); g.start() }, []string{changed("vda")}},
 		{"write, and the time set back", func(g *guest) {
 			g.stop()
@@ -196,39 +213,40 @@ func TestWhatHappensToADomain(t *testing.T) {
 		}, []string{changed("vda")}},
 		{"rollback to an older copy", func(g *guest) {
 			g.stop()
-			g.run("cp", "-p", g.image("vdb"), g.image("copy"))
+			g.run("cp", "-p", g.image("sdb"), g.image("copy"))
 			g.start()
 			g.marks()
 			g.stop()
-			g.run("cp", "-p", g.image("copy"), g.image("vdb"))
+			g.run("cp", "-p", g.image("copy"), g.image("sdb"))
 			g.start()
-		}, []string{changed("vdb")}},
+		}, []string{changed("sdb")}},
 		{"an equal copy in its place", func(g *guest) {
 			g.stop()
-			g.run("cp", "-p", g.image("vdb"), g.image("copy"))
-			g.run("mv", g.image("copy"), g.image("vdb"))
+			g.run("cp", "-p", g.image("sdb"), g.image("copy"))
+			g.run("mv", g.image("copy"), g.image("sdb"))
 			g.start()
-		}, []string{changed("vdb")}},
+		}, []string{changed("sdb")}},
 		{"another image in the definition", func(g *guest) {
 			g.stop()
-			g.run("cp", "-p", g.image("vdb"), g.image("other"))
-			g.run("sh", "-c", fmt.Sprintf("virsh dumpxml --inactive %s | sed s,%s,%s, | virsh define /dev/stdin", g.name, g.image("vdb"), g.image("other")))
+			g.run("cp", "-p", g.image("sdb"), g.image("other"))
+			g.run("sh", "-c", fmt.Sprintf("virsh dumpxml --inactive %s | sed s,%s,%s, | virsh define /dev/stdin", g.name, g.image("sdb"), g.image("other")))
 			g.start()
-		}, []string{replaced("vdb")}},
-		{"detach and attach", func(g *guest) { g.replug() }, []string{replaced("vdb")}},
-		{"detach and attach, then stop and start", func(g *guest) { g.replug(); g.stop(); g.start() }, []string{replaced("vdb")}},
+		}, []string{replaced("sdb")}},
+		{"detach and attach", func(g *guest) { g.replug() }, []string{replaced("sdb")}},
+		{"detach and attach, then stop and start", func(g *guest) { g.replug(); g.stop(); g.start() }, []string{replaced("sdb")}},
 		{"attach", func(g *guest) {
-			g.run("qemu-img", "create", "-q", "-f", "qcow2", g.image("vdc"), "16M")
-			g.virsh("attach-disk", g.image("vdc"), "vdc", "--subdriver", "qcow2", "--live", "--config")
+			g.run("qemu-img", "create", "-q", "-f", "qcow2", g.image("sdc"), "16M")
+			g.virsh("attach-disk", g.image("sdc"), "sdc", "--subdriver", "qcow2", "--targetbus", "scsi", "--live", "--config")
 			g.stop()
 			g.start()
-		}, []string{replaced("vdc")}},
+		}, []string{replaced("sdc")}},
 
 		{"end of QEMU while libvirtd is down", func(g *guest) {
 			g.killLibvirtd()
 			g.endQEMU()
-			g.write("vdb")
+			g.write("sdb")
 			g.startLibvirtd()
+			g.await("shut off")
 			g.start()
 		}, []string{all}},
 		{"stop and start without the hook", func(g *guest) {
@@ -247,8 +265,11 @@ func TestWhatHappensToADomain(t *testing.T) {
 				g.killLibvirtd()
 				g.endQEMU()
 				g.startLibvirtd()
+				g.await("shut off")
 				g.start()
 			})
+			g.run("systemctl", "restart", "libvirtd") // it looks for hooks
+			g.await("paused")
 		}, []string{all}},
 		{"a record that cannot be read", func(g *guest) {
 			g.stop()
@@ -293,20 +314,20 @@ func (g *guest) failStart() {
 	}
 }
 
-// replug detaches vdb, writes to it, and attaches it again.
+// replug detaches sdb, writes to it, and attaches it again.
 func (g *guest) replug() {
 	g.t.Helper()
-	events := g.h.Subscribe(g.t.Context())
-	// Paused, and without a system, it agrees to nothing; QEMU itself needs no agreement.
-	g.run("virsh", "-q", "qemu-monitor-command", g.name, "--hmp", "cont")
-	g.virsh("detach-disk", "vdb", "--live")
+	ctx, cancel := context.WithTimeout(g.t.Context(), limit)
+	defer cancel()
+	events := g.h.Subscribe(ctx)
+	g.virsh("detach-disk", "sdb", "--live")
 	for e := range events {
 		if e.Kind == hypervisor.EventDeviceRemoved && e.UUID == g.uuid {
 			break
 		}
 	}
-	g.write("vdb")
-	g.virsh("attach-disk", g.image("vdb"), "vdb", "--subdriver", "qcow2", "--live")
+	g.write("sdb")
+	g.virsh("attach-disk", g.image("sdb"), "sdb", "--subdriver", "qcow2", "--targetbus", "scsi", "--live")
 }
 
 // without does something while libvirt has no hook of ours.
@@ -321,4 +342,95 @@ func (g *guest) without(do func()) {
 		}
 	}()
 	do()
+}
+
+// TestRun has what changed unseen marked without anybody asking.
+func TestRun(t *testing.T) {
+	l := newLab(t)
+	g := l.guest("lifecyclerun")
+	g.start()
+	if err := g.Catalog.SeenDomain(t.Context(), g.uuid, g.name); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); g.Run(ctx) }()
+	defer func() { cancel(); <-done }()
+	number := int64(0)
+	await := func(what, target string, cause chain.Cause) {
+		t.Helper()
+		for deadline := time.Now().Add(limit); ; time.Sleep(50 * time.Millisecond) {
+			marks, err := g.Catalog.Marks(t.Context(), g.uuid, number)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(marks) > 0 {
+				if m := marks[0]; m.Target != target || m.Cause != cause {
+					t.Errorf("after %s there is %+v", what, m)
+				}
+				number = marks[len(marks)-1].Number
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("after %s nothing is marked", what)
+			}
+		}
+	}
+	await("the daemon's start", "", chain.Unseen)
+	g.stop()
+	g.write("vda")
+	g.start()
+	await("an edit", "vda", chain.ChangedWhileOff)
+	for range 3 {
+		g.killLibvirtd()
+		g.startLibvirtd()
+		g.marks() // while it looks for QEMU
+		g.await("paused")
+	}
+	if marks, err := g.Catalog.Marks(t.Context(), g.uuid, number); err != nil || len(marks) > 0 {
+		t.Errorf("libvirtd was away, and there is %+v, %v", marks, err)
+	}
+	g.killLibvirtd()
+	g.endQEMU()
+	g.startLibvirtd()
+	g.await("shut off")
+	await("the end of QEMU without libvirtd", "", chain.Unseen)
+	g.write("sdb")
+	g.start()
+	await("one more edit", "sdb", chain.ChangedWhileOff)
+}
+
+// TestHookBecomesActive installs the hook while libvirtd runs.
+func TestHookBecomesActive(t *testing.T) {
+	l := newLab(t)
+	check := func(want HookStatus) HookState {
+		t.Helper()
+		s, err := l.Hook(t.Context())
+		if err != nil || s.Status != want {
+			t.Errorf("the hook is %+v, %v, not %s", s, err, want)
+		}
+		return s
+	}
+	l.run("systemctl", "restart", "libvirtd")
+	check(HookActive)
+	l.run("cp", hookPath, hookPath+".new")
+	l.run("mv", hookPath+".new", hookPath)
+	check(HookInactive)
+	g := l.guest("lifecyclehook")
+	before := time.Now().Truncate(time.Microsecond)
+	g.start()
+	if err := l.Replay(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if s := check(HookActive); s.Last.Before(before) || s.Last.After(time.Now()) {
+		t.Errorf("it told something at %v, not after %v", s.Last, before)
+	}
+	if err := os.Chmod(hookPath, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	check(HookMissing)
+	if err := os.Chmod(hookPath, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	check(HookActive)
 }

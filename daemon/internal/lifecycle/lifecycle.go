@@ -192,11 +192,19 @@ func Unseen(marks []catalog.Mark, target string, after int64) (newest catalog.Ma
 	return newest, ok
 }
 
-// lookAgain is how often a domain is looked up again when it is not what the
-// hook told last: it may just be starting or stopping.
-const lookAgain = 3
+const (
+	// lookAgain is how often a domain is looked up again when it is not what the
+	// hook told last: it may just be starting or stopping.
+	lookAgain = 3
+	// reconnectLimit bounds how long to wait for a libvirtd that was just started
+	// to find a domain's QEMU: until then it says that the domain is off.
+	reconnectLimit = 10 * time.Second
+	reconnectRetry = 100 * time.Millisecond
+)
 
+// observe is Observe, with k.mu locked; others may lock it while it waits.
 func (k *Keeper) observe(ctx context.Context, d hypervisor.Domain) (entry, error) {
+	deadline := time.Now().Add(reconnectLimit)
 	for try := 0; ; try++ {
 		if err := k.replay(ctx); err != nil {
 			return entry{}, err
@@ -205,8 +213,13 @@ func (k *Keeper) observe(ctx context.Context, d hypervisor.Domain) (entry, error
 		if err != nil {
 			return e, err
 		}
-		if e.Phase != Unknown && (e.Phase == Stopped || d.Active != (e.Phase == Running)) && try < lookAgain {
-			if d, err = k.Domains.ByUUID(ctx, d.UUID); err != nil {
+		reconnecting := !d.Active && qemuProcess(d.Name) != ""
+		if reconnecting && time.Now().After(deadline) {
+			return e, fmt.Errorf("cannot tell what domain %s does: libvirt says that it is off, but its QEMU runs", d.Name)
+		}
+		contradicts := e.Phase != Unknown && (e.Phase == Stopped || d.Active != (e.Phase == Running))
+		if reconnecting || contradicts && try < lookAgain {
+			if d, err = k.lookAgain(ctx, d.UUID, reconnecting); err != nil {
 				return e, err
 			}
 			continue
@@ -215,11 +228,24 @@ func (k *Keeper) observe(ctx context.Context, d hypervisor.Domain) (entry, error
 		if err != nil {
 			return e, err
 		}
-		before := e.Known
 		var found []Finding
-		e.Known, found = Observed(before, o)
+		e.Known, found = Observed(e.Known, o)
 		return e, k.save(ctx, d.UUID, e, found, time.Now())
 	}
+}
+
+// lookAgain looks a domain up, after a while if asked to. libvirt may be waiting
+// for the hook, and that for us, so others go first.
+func (k *Keeper) lookAgain(ctx context.Context, uuid string, wait bool) (hypervisor.Domain, error) {
+	k.mu.Unlock()
+	defer k.mu.Lock()
+	if wait {
+		select {
+		case <-time.After(reconnectRetry):
+		case <-ctx.Done():
+		}
+	}
+	return k.Domains.ByUUID(ctx, uuid)
 }
 
 // OwnWork runs fn, which changes images of a domain that is off, or gives it others, and takes what

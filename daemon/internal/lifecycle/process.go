@@ -10,7 +10,13 @@ import (
 // qemuProcess names the QEMU process of a domain of qemu:///system; "" if there
 // is none to be found.
 func qemuProcess(domain string) string {
-	return process(filepath.Join("/run/libvirt/qemu", domain+".pid"))
+	p := process(filepath.Join("/run/libvirt/qemu", domain+".pid"))
+	// The file of a QEMU that is gone may be left, and its number be another's.
+	pid, _, _ := strings.Cut(p, "@")
+	if name, err := os.ReadFile(filepath.Join("/proc", pid, "comm")); err != nil || !strings.HasPrefix(string(name), "qemu") {
+		return ""
+	}
+	return p
 }
 
 // process names a process as the hook does, by its id and start time, so that

@@ -499,4 +499,17 @@ func TestMarks(t *testing.T) {
 	if all, err := c.TrackedDomains(ctx); err != nil || !slices.Equal(all, []string{"d1", "d2"}) {
 		t.Errorf("known domains: %v, %v", all, err)
 	}
+
+	// Only what is in the catalog is kept for ever; a number is never given twice.
+	must(t, c.SeenDomain(ctx, "d2", "two"))
+	for _, domain := range []string{"d1", "d2"} {
+		must(t, c.ForgetTracking(ctx, domain))
+	}
+	if all, err := c.TrackedDomains(ctx); err != nil || !slices.Equal(all, []string{"d2"}) {
+		t.Errorf("known domains: %v, %v", all, err)
+	}
+	must(t, c.SetTracking(ctx, "d1", json.RawMessage(`{}`), []Mark{{Cause: chain.Unseen, Time: epoch}}))
+	if marks, err := c.Marks(ctx, "d1", 0); err != nil || len(marks) != 1 || marks[0].Number != marksKept+7 {
+		t.Errorf("after it was forgotten: %+v, %v", marks, err)
+	}
 }

@@ -90,6 +90,15 @@ func TestEvents(t *testing.T) {
 	if got := next(); got.Action != "resumed" || got.Detail != "unpaused" {
 		t.Errorf("got %+v", got)
 	}
+	_, err = withDomain(ctx, h, d.UUID, "name", func(d *libvirt.Domain) (struct{}, error) {
+		return struct{}{}, d.SetMetadata(libvirt.DOMAIN_METADATA_TITLE, "a title", "", "", libvirt.DOMAIN_AFFECT_LIVE)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := next(); got.Kind != EventMetadata || got.Action != "title" {
+		t.Errorf("got %+v", got)
+	}
 	cancel()
 	for range events { // it ends
 	}

@@ -134,17 +134,24 @@ func (l *lab) startLibvirtd() {
 	l.run("systemctl", "start", "libvirtd.socket", "libvirtd.service")
 }
 
-// await waits until libvirtd, which was just started, has found out whether the
-// domain runs.
-func (g *guest) await(state string) {
+// awaitRunning waits until a libvirtd that was just started talks to QEMU.
+func (g *guest) awaitRunning() {
+	g.t.Helper()
+	g.await(`"status":"paused"`, "qemu-monitor-command", g.name, `{"execute":"query-status"}`)
+}
+
+// awaitOff waits until a libvirtd that was just started knows that QEMU is gone.
+func (g *guest) awaitOff() { g.t.Helper(); g.await("shut off", "domstate", g.name) }
+
+func (g *guest) await(answer string, virsh ...string) {
 	g.t.Helper()
 	for deadline := time.Now().Add(limit); ; time.Sleep(50 * time.Millisecond) {
-		out, err := exec.CommandContext(g.t.Context(), "virsh", "-q", "domstate", g.name).CombinedOutput()
-		if err == nil && strings.TrimSpace(string(out)) == state {
+		out, err := exec.CommandContext(g.t.Context(), "virsh", append([]string{"-q"}, virsh...)...).CombinedOutput()
+		if err == nil && strings.Contains(string(out), answer) {
 			return
 		}
 		if time.Now().After(deadline) {
-			g.t.Fatalf("%s is %s, not %s: %v", g.name, out, state, err)
+			g.t.Fatalf("virsh %s says %s, not %s: %v", virsh, out, answer, err)
 		}
 	}
 }
@@ -178,7 +185,7 @@ func TestWhatHappensToADomain(t *testing.T) {
 		{"kill of libvirtd, stop and start", func(g *guest) {
 			g.killLibvirtd()
 			g.startLibvirtd()
-			g.await("paused")
+			g.awaitRunning()
 			g.stop()
 			g.start()
 		}, nil},
@@ -246,7 +253,7 @@ func TestWhatHappensToADomain(t *testing.T) {
 			g.endQEMU()
 			g.write("sdb")
 			g.startLibvirtd()
-			g.await("shut off")
+			g.awaitOff()
 			g.start()
 		}, []string{all}},
 		{"stop and start without the hook", func(g *guest) {
@@ -265,11 +272,11 @@ func TestWhatHappensToADomain(t *testing.T) {
 				g.killLibvirtd()
 				g.endQEMU()
 				g.startLibvirtd()
-				g.await("shut off")
+				g.awaitOff()
 				g.start()
 			})
 			g.run("systemctl", "restart", "libvirtd") // it looks for hooks
-			g.await("paused")
+			g.awaitRunning()
 		}, []string{all}},
 		{"a record that cannot be read", func(g *guest) {
 			g.stop()
@@ -385,7 +392,7 @@ func TestRun(t *testing.T) {
 		g.killLibvirtd()
 		g.startLibvirtd()
 		g.marks() // while it looks for QEMU
-		g.await("paused")
+		g.awaitRunning()
 	}
 	if marks, err := g.Catalog.Marks(t.Context(), g.uuid, number); err != nil || len(marks) > 0 {
 		t.Errorf("libvirtd was away, and there is %+v, %v", marks, err)
@@ -393,7 +400,7 @@ func TestRun(t *testing.T) {
 	g.killLibvirtd()
 	g.endQEMU()
 	g.startLibvirtd()
-	g.await("shut off")
+	g.awaitOff()
 	await("the end of QEMU without libvirtd", "", chain.Unseen)
 	g.write("sdb")
 	g.start()

@@ -67,7 +67,7 @@ func Next(k Known, r spool.Record) (Known, []Finding) {
 	case "prepare":
 		return prepared(k, run, r.Disks)
 	case "start", "started", "stopped":
-		k, found := goesOn(k, run, r.Operation)
+		k, found := goesOn(k, run)
 		k, found = located(k, parseNodes(r.XML), found)
 		if r.Operation == "stopped" {
 			k.Phase = Stopped
@@ -77,7 +77,7 @@ func Next(k Known, r spool.Record) (Known, []Finding) {
 		if k.Phase == Stopped {
 			k.Phase = Running
 		}
-		k, found := goesOn(k, run, r.Operation)
+		k, found := goesOn(k, run)
 		_, found = located(k, parseNodes(r.XML), found)
 		return Known{Phase: Off, Disks: r.Disks}, found
 	case "reconnect":
@@ -103,16 +103,16 @@ func prepared(k Known, run Run, disks []fingerprint.Disk) (Known, []Finding) {
 
 // goesOn checks that this is still the run that is known. If not, one that was
 // not watched from its beginning takes its place.
-func goesOn(k Known, run Run, operation string) (Known, []Finding) {
+func goesOn(k Known, run Run) (Known, []Finding) {
 	switch {
 	case k.Phase == Running && sameRun(k.Run, run) && k.Run.Libvirt == run.Libvirt:
 		k.Run.ID = cmp.Or(k.Run.ID, run.ID)
 		return k, nil
 	case k.Phase == Running && sameRun(k.Run, run):
 		k.Run.Libvirt = run.Libvirt
-		return k, []Finding{{Cause: chain.Unseen, Detail: fmt.Sprintf("the domain was %s, and libvirtd may not have watched it until then", operation)}}
+		return k, []Finding{{Cause: chain.Unseen, Detail: "the domain stopped while libvirtd was away, or nobody told that it was back"}}
 	}
-	return Known{Phase: Running, Run: run}, []Finding{lost(k, run, fmt.Sprintf("the domain was %s, and nobody saw what its disks were before", operation))}
+	return Known{Phase: Running, Run: run}, []Finding{lost(k, run, "the domain was started, and nobody saw what its disks were before")}
 }
 
 // reconnected is when a new libvirtd found QEMU still running.

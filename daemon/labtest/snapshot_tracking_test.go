@@ -169,6 +169,7 @@ func TestSnapshotTrackingOfAdmins(t *testing.T) {
 		}},
 		"pulls": {"digest disk-replaced", func(g *guest) {
 			command(t, "", "virsh", "-q", "blockpull", g.name, "vda", "--wait")
+			g.io("vda", "write -P 76 6M 64k") // and a flush, or QEMU alone knows what was pulled
 		}},
 		"snapshots": {"digest overlay-unsupported", func(g *guest) {
 			command(t, "", "virsh", "-q", "snapshot-create-as", g.name, "s", "--disk-only", "--diskspec", "vda,file=/var/lib/libvirt/images/"+g.name+"-s", "--diskspec", "vdb,snapshot=no")
@@ -180,7 +181,8 @@ func TestSnapshotTrackingOfAdmins(t *testing.T) {
 		}},
 		"saves": {"snapshot", func(g *guest) {
 			command(t, "", "virsh", "-q", "managedsave", g.name)
-			command(t, "", "virsh", "-q", "start", "--paused", g.name)
+			command(t, "", "virsh", "-q", "start", "--running", g.name)
+			command(t, "", "virsh", "-q", "suspend", g.name)
 		}},
 		"resizes": {"full", func(g *guest) {
 			command(t, "", "virsh", "-q", "blockresize", g.name, "vda", "20M")

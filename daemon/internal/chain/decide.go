@@ -251,6 +251,9 @@ func sameDisk(before LastDisk, now Disk) bool {
 	if before.Source != now.Source {
 		return slices.Contains(now.Backing, before.Source) || slices.Contains(before.Backing, now.Source)
 	}
+	if before.Overlay != "" && before.Overlay != now.Overlay {
+		return true // the node is the overlay's
+	}
 	// Opened anew in the same run, it was detached: nobody watched it meanwhile.
 	return now.Run == "" || now.Run != before.Run || now.Node == before.Node
 }

@@ -117,27 +117,36 @@ func (h *Hypervisor) PutOverlays(ctx context.Context, uuid string, paths map[str
 // the connection, and with libvirtd.
 const blockJobPoll = 50 * time.Millisecond
 
-// CommitLayer has QEMU commit a layer of a running domain's disk, and all
-// between, into a base below it, and waits for that; what was committed is
-// deleted then. top.Node 0 means the active layer, after which the base is the
-// active one. It joins such a job that is at work already, when joining says
-// that it is ours, and returns ErrBlockJob for any other. When ctx ends first
-// the job is aborted: the chain is as before then, or that of the commit.
-func (h *Hypervisor) CommitLayer(ctx context.Context, uuid, target string, base, top Stacked, joining bool) error {
+// LayerCommit is what CommitLayer does to a disk.
+type LayerCommit struct {
+	Target string
+	Top    string // path of the layer that is committed, with all between
+	Base   string // path of the one below into which they go
+	Active bool   // Top is the active layer, and Base is that afterwards
+	Join   bool   // a commit that is at work on the disk is ours
+}
+
+// CommitLayer has QEMU commit layers of a running domain's disk and waits for
+// that; what was committed is deleted then. It goes on with a commit that is at
+// work already if that is ours, and returns ErrBlockJob for any other job. When
+// ctx ends first the job is aborted: the chain is as before then, or that of
+// the commit.
+func (h *Hypervisor) CommitLayer(ctx context.Context, uuid string, c LayerCommit) error {
+	target := c.Target
 	_, err := withDomain(ctx, h, uuid, "commit a layer of disk "+target+" of", func(d *libvirt.Domain) (struct{}, error) {
 		job, err := blockJobOf(d, target)
 		if err != nil {
 			return struct{}{}, err
 		}
-		if job.active && !(joining && job.commit) {
+		if job.active && !(c.Join && job.commit) {
 			return struct{}{}, ErrBlockJob
 		}
 		if !job.active {
-			flags, name := libvirt.DOMAIN_BLOCK_COMMIT_DELETE, fmt.Sprintf("%s[%d]", target, top.Node)
-			if top.Node == 0 {
-				flags, name = flags|libvirt.DOMAIN_BLOCK_COMMIT_ACTIVE, ""
+			flags := libvirt.DOMAIN_BLOCK_COMMIT_DELETE
+			if c.Active { // libvirt refuses it when Top is not the active one any more
+				flags |= libvirt.DOMAIN_BLOCK_COMMIT_ACTIVE
 			}
-			if err := d.BlockCommit(target, fmt.Sprintf("%s[%d]", target, base.Node), name, 0, flags); err != nil {
+			if err := d.BlockCommit(target, c.Base, c.Top, 0, flags); err != nil {
 				return struct{}{}, err
 			}
 		}

@@ -360,18 +360,16 @@ type slowly struct {
 	g *guest
 }
 
-func (s slowly) CommitLayer(ctx context.Context, uuid, target string, base, top hypervisor.Stacked, joining bool) error {
-	name := fmt.Sprintf("%s[%d]", target, top.Node)
-	args := []string{"-q", "blockcommit", s.g.name, target, "--base", fmt.Sprintf("%s[%d]", target, base.Node), "--bytes", "--bandwidth", "65536", "--delete"}
-	if top.Node == 0 {
+func (s slowly) CommitLayer(ctx context.Context, uuid string, c hypervisor.LayerCommit) error {
+	args := []string{"-q", "blockcommit", s.g.name, c.Target, "--base", c.Base, "--top", c.Top, "--bytes", "--bandwidth", "65536", "--delete"}
+	if c.Active {
 		args = append(args, "--active")
-	} else {
-		args = append(args, "--top", name)
 	}
 	if out, err := exec.CommandContext(ctx, "virsh", args...).CombinedOutput(); err != nil {
 		return fmt.Errorf("virsh blockcommit: %w: %s", err, out)
 	}
-	return s.Hypervisor.CommitLayer(ctx, uuid, target, base, top, true)
+	c.Join = true
+	return s.Hypervisor.CommitLayer(ctx, uuid, c)
 }
 
 func awaitJob(t *testing.T, g *guest, done <-chan error) {

@@ -21,7 +21,7 @@ type Hypervisor interface {
 	ByUUID(ctx context.Context, uuid string) (hypervisor.Domain, error)
 	Domains(ctx context.Context) ([]hypervisor.Domain, error)
 	Definition(ctx context.Context, uuid string) (string, error)
-	CommitLayer(ctx context.Context, uuid, target string, base, top hypervisor.Stacked, joining bool) error
+	CommitLayer(ctx context.Context, uuid string, c hypervisor.LayerCommit) error
 	SetSource(ctx context.Context, uuid, target string, to hypervisor.Stacked) error
 }
 
@@ -92,7 +92,11 @@ func (k *Keeper) settle(ctx context.Context, uuid string, keep map[string]string
 	var failed []error
 	for target, stack := range stacks {
 		for _, c := range plan(target, stack, keep[target]) {
-			failed = append(failed, k.commit(ctx, d, c, known))
+			err := k.commit(ctx, d, c, known)
+			if err != nil && !errors.Is(err, ErrHeld) {
+				return err // the domain may not be as it was looked at
+			}
+			failed = append(failed, err)
 		}
 	}
 	return errors.Join(append(failed, k.collect(ctx, uuid))...)
@@ -135,11 +139,9 @@ func (k *Keeper) commit(ctx context.Context, d hypervisor.Domain, c commit, know
 	if !d.Active {
 		return k.Lifecycle.OwnWork(ctx, d, func() error { return k.commitOff(ctx, d, c) })
 	}
-	top := c.layers[0]
-	if c.above == nil {
-		top.Node = 0
-	}
-	return k.Hypervisor.CommitLayer(ctx, d.UUID, c.target, c.base, top, joining)
+	return k.Hypervisor.CommitLayer(ctx, d.UUID, hypervisor.LayerCommit{
+		Target: c.target, Top: c.layers[0].Path, Base: c.base.Path, Active: c.above == nil, Join: joining,
+	})
 }
 
 // mayCommit says what would be lost or damaged by a commit.

@@ -137,7 +137,7 @@ func (l *lab) startLibvirtd() {
 // awaitRunning waits until a libvirtd that was just started talks to QEMU.
 func (g *guest) awaitRunning() {
 	g.t.Helper()
-	g.await(`"status":"paused"`, "qemu-monitor-command", g.name, `{"execute":"query-status"}`)
+	g.await(`"running":false`, "qemu-monitor-command", g.name, `{"execute":"query-status"}`)
 }
 
 // awaitOff waits until a libvirtd that was just started knows that QEMU is gone.

@@ -1,6 +1,7 @@
 package lifecycle
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -222,6 +223,65 @@ func TestOwnWork(t *testing.T) {
 		t.Error(err)
 	}
 	b.want()
+}
+
+// TestOwnWorkKeepsNobodyElseWaiting has own work that takes long, as on storage
+// that hangs: another domain is looked at meanwhile, and only the hook of the
+// domain that it is at waits.
+func TestOwnWorkKeepsNobodyElseWaiting(t *testing.T) {
+	b := newBench(t)
+	other := b.d
+	other.UUID = "11111111-1111-4111-8111-111111111111"
+	hook := make(chan error, 1)
+	err := b.OwnWork(t.Context(), b.d, func() error {
+		if _, _, err := b.Observe(t.Context(), other); err != nil {
+			t.Error(err)
+		}
+		if err := b.Replay(t.Context()); err != nil {
+			t.Error(err)
+		}
+		b.tell("prepare", 5)
+		b.write("ours")
+		if err := b.replayIdle(t.Context()); err != nil {
+			t.Error(err)
+		}
+		waiting, cancel := context.WithCancelCause(t.Context())
+		cancel(errStopped)
+		if _, _, err := b.Observe(waiting, b.d); !errors.Is(err, errStopped) {
+			t.Errorf("it was looked at in the midst of the work: %v", err)
+		}
+		if err := b.Replay(waiting); !errors.Is(err, errStopped) {
+			t.Errorf("the hook was not kept waiting: %v", err)
+		}
+		go func() { hook <- b.Replay(t.Context()) }()
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if err := <-hook; err != nil || b.phase() != Running {
+		t.Errorf("%q, %v", b.phase(), err)
+	}
+	b.tell("release", 0)
+	b.want() // it was started before the work changed anything
+}
+
+var errStopped = errors.New("stopped")
+
+// TestUnknownDuringOwnWork loses a record while own work is at a domain: what
+// it left is not taken for known.
+func TestUnknownDuringOwnWork(t *testing.T) {
+	b := newBench(t)
+	err := b.OwnWork(t.Context(), b.d, func() error {
+		if err := os.Truncate(b.tell("restore", 0), 10); err != nil {
+			t.Error(err)
+		}
+		return b.Replay(t.Context())
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.want(string(chain.Unseen))
 }
 
 // TestUnseen has several backups, each with its own view of the same marks.

@@ -45,14 +45,16 @@ type Deps struct {
 }
 
 // Keeper keeps what is known of all domains. Its methods may be called at the
-// same time; they wait for each other.
+// same time; they wait for each other, but for own work on another domain,
+// which takes as long as its storage does.
 type Keeper struct {
 	Deps
-	mu sync.Mutex
+	mu      sync.Mutex
+	working map[string]chan struct{} // by UUID: the domains that OwnWork is at; closed when it is done
 }
 
 // New makes a Keeper.
-func New(d Deps) *Keeper { return &Keeper{Deps: d} }
+func New(d Deps) *Keeper { return &Keeper{Deps: d, working: map[string]chan struct{}{}} }
 
 // entry is what the catalog has of a domain.
 type entry struct {
@@ -91,27 +93,59 @@ func (k *Keeper) save(ctx context.Context, domain string, e entry, found []Findi
 	return k.Catalog.SetTracking(ctx, domain, text, marks)
 }
 
-// Replay takes all that the hook recorded into the catalog. It asks nothing of
-// libvirt, so the hook may wait for it.
+// Replay takes all that the hook recorded into the catalog, that of a domain
+// that own work is at when this is done. It asks nothing of libvirt, so the hook
+// may wait for it.
 func (k *Keeper) Replay(ctx context.Context) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.replay(ctx)
+	for {
+		busy, err := k.replay(ctx)
+		if err != nil || busy == "" {
+			return err
+		}
+		if err := k.idle(ctx, busy); err != nil {
+			return err
+		}
+	}
 }
 
 // replay takes one record after the other, and goes to the next only when the
-// one before is gone: then no more than one can be there that was taken already.
-func (k *Keeper) replay(ctx context.Context) error {
+// one before is gone: then no more than one of a domain can be there that was
+// taken already. It leaves those of domains that own work is at, and returns
+// one of them.
+func (k *Keeper) replay(ctx context.Context) (busy string, err error) {
 	records, err := spool.Read(k.SpoolDirectory)
 	if err != nil {
-		return err
+		return "", err
 	}
 	for _, r := range records {
+		if r.Err == nil && k.working[r.Record.Domain] != nil {
+			busy = r.Record.Domain
+			continue
+		}
 		if err := k.take(ctx, r); err != nil {
-			return err
+			return "", err
 		}
 		if err := spool.Remove(k.SpoolDirectory, r.Number); err != nil {
-			return err
+			return "", err
+		}
+	}
+	return busy, nil
+}
+
+// idle waits until no own work is at a domain. k.mu is locked, but not while it waits.
+func (k *Keeper) idle(ctx context.Context, uuid string) error {
+	for k.working[uuid] != nil {
+		done := k.working[uuid]
+		k.mu.Unlock()
+		select {
+		case <-done:
+		case <-ctx.Done():
+		}
+		k.mu.Lock()
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
 		}
 	}
 	return nil
@@ -206,7 +240,10 @@ const (
 func (k *Keeper) observe(ctx context.Context, d hypervisor.Domain) (entry, error) {
 	deadline := time.Now().Add(reconnectLimit)
 	for try := 0; ; try++ {
-		if err := k.replay(ctx); err != nil {
+		if err := k.idle(ctx, d.UUID); err != nil {
+			return entry{}, err
+		}
+		if _, err := k.replay(ctx); err != nil {
 			return entry{}, err
 		}
 		e, err := k.load(ctx, d.UUID)
@@ -261,7 +298,11 @@ func (k *Keeper) OwnWork(ctx context.Context, d hypervisor.Domain, fn func() err
 	if e.Phase != Off {
 		return fmt.Errorf("cannot work on the disks of domain %s: it was started", d.Name)
 	}
-	failed := fn()
+	failed := k.work(d.UUID, fn)
+	// A record that cannot be read may have made it unknown meanwhile.
+	if e, err = k.load(ctx, d.UUID); err != nil || e.Phase != Off {
+		return cmp.Or(failed, err)
+	}
 	// The work may have given it other images.
 	now, err := k.Domains.ByUUID(ctx, d.UUID)
 	if err != nil || now.Active {
@@ -282,6 +323,19 @@ func (k *Keeper) OwnWork(ctx context.Context, d hypervisor.Domain, fn func() err
 	}
 	e.Known = Known{Phase: Off, Disks: o.Disks}
 	return cmp.Or(failed, k.save(ctx, d.UUID, e, nil, time.Now()))
+}
+
+// work runs fn without k.mu: it may take long, or for ever when storage hangs.
+func (k *Keeper) work(uuid string, fn func() error) error {
+	done := make(chan struct{})
+	k.working[uuid] = done
+	k.mu.Unlock()
+	defer func() {
+		k.mu.Lock()
+		delete(k.working, uuid)
+		close(done)
+	}()
+	return fn()
 }
 
 // takeLimit bounds how long storage may take to answer.

@@ -66,10 +66,18 @@ func concerns(e hypervisor.Event) bool {
 	return false
 }
 
+// replayIdle is Replay that waits for nobody.
+func (k *Keeper) replayIdle(ctx context.Context) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	_, err := k.replay(ctx)
+	return err
+}
+
 // catchUp takes what the hook recorded, and looks at all domains, or at those to
 // which something happened.
 func (k *Keeper) catchUp(ctx context.Context, all bool, happened map[string]bool) error {
-	if err := k.Replay(ctx); err != nil {
+	if err := k.replayIdle(ctx); err != nil {
 		return err
 	}
 	if !all && len(happened) == 0 {

@@ -208,7 +208,8 @@ func TestDecideDemotesByOverlay(t *testing.T) {
 		{OverlayMissing, true, Snapshot, func(_ *Options, _ *Domain, d *Disk, l *LastDisk) { d.Overlay, l.Overlay = "", "" }},
 		{OverlayUnsupported, true, Digest, func(_ *Options, d *Domain, _ *Disk, _ *LastDisk) { d.Overlays = false }},
 		{InternalSnapshot, true, Digest, func(_ *Options, d *Domain, _ *Disk, _ *LastDisk) { d.InternalSnapshots = true }},
-		{CheckpointMissing, true, CBT, func(o *Options, _ *Domain, _ *Disk, _ *LastDisk) { o.Tracking = CBT }},
+		{CheckpointMissing, true, CBT, func(o *Options, _ *Domain, d *Disk, _ *LastDisk) { o.Tracking, d.Overlay = CBT, "" }},
+		{CheckpointMissing, true, Digest, func(o *Options, _ *Domain, _ *Disk, _ *LastDisk) { o.Tracking = CBT }},
 		{OfferingDigest, true, Digest, func(o *Options, _ *Domain, _ *Disk, _ *LastDisk) { o.Tracking = Digest }},
 	} {
 		o, d, last := overlaid()
@@ -241,7 +242,7 @@ func TestDecideNeverIncrementInDoubt(t *testing.T) {
 			if (got.Changes == CBT || got.Changes == Snapshot) != (got.Cause == "") || (got.Changes == CBT) != (got.Base != "") || (got.Kind == Full) != (got.Changes == "") {
 				t.Fatalf("disk does not say why: %+v", got)
 			}
-			if got.Tracking == CBT && (d.InternalSnapshots || d.Disks[i].Format != "qcow2" || o.Isolated || o.Tracking != CBT) {
+			if got.Tracking == CBT && (d.InternalSnapshots || d.Disks[i].Format != "qcow2" || o.Isolated || o.Tracking != CBT || d.Disks[i].Overlay != "") {
 				t.Fatalf("a bitmap where none may be: %+v", got)
 			}
 			if got.Tracking == Snapshot && (d.InternalSnapshots || !d.Overlays || o.Isolated || o.Tracking != Snapshot) {

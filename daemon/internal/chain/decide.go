@@ -269,6 +269,11 @@ func tracking(o Options, d Domain, disk Disk) Tracking {
 		return Digest
 	case d.InternalSnapshots || disk.Format != "qcow2" || o.Tracking == Digest:
 		return Digest
+	case disk.Overlay != "":
+		// Of another chain, which has it committed into the disk some time: a
+		// bitmap that was begun in it would be lost then, and that of the next
+		// overlay, which has the same name, would be taken for all of it.
+		return Digest
 	}
 	return CBT
 }

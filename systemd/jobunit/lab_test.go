@@ -331,6 +331,35 @@ func TestDevice(t *testing.T) {
 	}
 }
 
+// That it cannot be written to is up to cgroups, which the lab has not: see
+// DeviceAllow= in systemd.resource-control(5).
+func TestReadOnlyDevice(t *testing.T) {
+	image := image(t)
+	loop := strings.TrimSpace(command(t, "losetup", "--find", "--show", image))
+	defer command(t, "losetup", "-d", loop)
+	u := shell(t, t.TempDir(), "dd if="+loop+" of=/dev/null bs=4096 count=1 status=none")
+	u.ReadOnlyDevices = []string{loop}
+	if state := run(t, manager(t), u); state.Known && state.Result != "success" {
+		t.Error(state)
+	}
+}
+
+func TestCapabilities(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, []byte("secret"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chown(file, 1, 1); err != nil {
+		t.Fatal(err)
+	}
+	u := shell(t, t.TempDir(), "[ \"$(cat "+file+")\" = secret ] && ! echo >>"+file+" && ! chown 2 "+file)
+	u.ReadWrite = append(u.ReadWrite, file)
+	u.Capabilities = 1 << unix.CAP_DAC_READ_SEARCH
+	if state := run(t, manager(t), u); state.Known && state.Result != "success" {
+		t.Error(state)
+	}
+}
+
 func TestLimits(t *testing.T) {
 	m := manager(t)
 	out := t.TempDir()

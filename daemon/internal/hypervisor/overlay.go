@@ -123,36 +123,45 @@ type LayerCommit struct {
 	Top    string // path of the layer that is committed, with all between
 	Base   string // path of the one below into which they go
 	Active bool   // Top is the active layer, and Base is that afterwards
-	Join   bool   // a commit that is at work on the disk is ours
 }
 
 // CommitLayer has QEMU commit layers of a running domain's disk and waits for
-// that; what was committed is deleted then. It goes on with a commit that is at
-// work already if that is ours, and returns ErrBlockJob for any other job. When
-// ctx ends first the job is aborted: the chain is as before then, or that of
-// the commit.
+// that; what was committed is deleted then. The error is ErrBlockJob when a job
+// is at work on the disk already. When ctx ends first the job is aborted: the
+// chain is as before then, or that of the commit.
 func (h *Hypervisor) CommitLayer(ctx context.Context, uuid string, c LayerCommit) error {
-	target := c.Target
-	_, err := withDomain(ctx, h, uuid, "commit a layer of disk "+target+" of", func(d *libvirt.Domain) (struct{}, error) {
+	return h.onDomain(ctx, uuid, "commit a layer of disk "+c.Target+" of", func(d *libvirt.Domain) error {
+		job, err := blockJobOf(d, c.Target)
+		if err != nil {
+			return err
+		}
+		if job.active {
+			return ErrBlockJob
+		}
+		flags := libvirt.DOMAIN_BLOCK_COMMIT_DELETE
+		if c.Active { // libvirt refuses it when Top is not the active one any more
+			flags |= libvirt.DOMAIN_BLOCK_COMMIT_ACTIVE
+		}
+		if err := d.BlockCommit(c.Target, c.Base, c.Top, 0, flags); err != nil {
+			return err
+		}
+		return finishCommit(ctx, d, c.Target)
+	})
+}
+
+// JoinCommit goes on with a commit that CommitLayer began and did not see end.
+// It is fine when there is none; the error is ErrBlockJob for any other job.
+func (h *Hypervisor) JoinCommit(ctx context.Context, uuid, target string) error {
+	return h.onDomain(ctx, uuid, "commit a layer of disk "+target+" of", func(d *libvirt.Domain) error {
 		job, err := blockJobOf(d, target)
 		if err != nil {
-			return struct{}{}, err
+			return err
 		}
-		if job.active && !(c.Join && job.commit) {
-			return struct{}{}, ErrBlockJob
+		if job.active && !job.commit {
+			return ErrBlockJob
 		}
-		if !job.active {
-			flags := libvirt.DOMAIN_BLOCK_COMMIT_DELETE
-			if c.Active { // libvirt refuses it when Top is not the active one any more
-				flags |= libvirt.DOMAIN_BLOCK_COMMIT_ACTIVE
-			}
-			if err := d.BlockCommit(target, c.Base, c.Top, 0, flags); err != nil {
-				return struct{}{}, err
-			}
-		}
-		return struct{}{}, finishCommit(ctx, d, target)
+		return finishCommit(ctx, d, target)
 	})
-	return err
 }
 
 // finishCommit waits until no block job is active, and makes the base of a job

@@ -72,7 +72,10 @@ func newGuest(t *testing.T, name string) *guest {
 	must(t, err)
 	t.Cleanup(func() { _ = c.Close() })
 	host(t, "lab-domain", "create", name, "--disk", "qcow2:32M", "--disk", "raw:32M")
-	t.Cleanup(func() { _ = exec.CommandContext(context.Background(), "lab-domain", "remove", name).Run() })
+	t.Cleanup(func() {
+		_ = exec.CommandContext(context.Background(), "lab-domain", "remove", name).Run()
+		_ = exec.CommandContext(context.Background(), "sh", "-c", "rm -f /var/lib/libvirt/images/"+name+"-*").Run()
+	})
 	d, err := h.Lookup(ctx, name)
 	must(t, err)
 	must(t, c.CreateRepository(ctx, catalog.Repository{ID: "r", Name: "nas", Type: "dir", Path: "/srv"}))
@@ -368,8 +371,7 @@ func (s slowly) CommitLayer(ctx context.Context, uuid string, c hypervisor.Layer
 	if out, err := exec.CommandContext(ctx, "virsh", args...).CombinedOutput(); err != nil {
 		return fmt.Errorf("virsh blockcommit: %w: %s", err, out)
 	}
-	c.Join = true
-	return s.Hypervisor.CommitLayer(ctx, uuid, c)
+	return s.JoinCommit(ctx, uuid, c.Target)
 }
 
 func awaitJob(t *testing.T, g *guest, done <-chan error) {

@@ -22,6 +22,7 @@ type Hypervisor interface {
 	Domains(ctx context.Context) ([]hypervisor.Domain, error)
 	Definition(ctx context.Context, uuid string) (string, error)
 	CommitLayer(ctx context.Context, uuid string, c hypervisor.LayerCommit) error
+	JoinCommit(ctx context.Context, uuid, target string) error
 	SetSource(ctx context.Context, uuid, target string, to hypervisor.Stacked) error
 }
 
@@ -85,6 +86,9 @@ func (k *Keeper) settle(ctx context.Context, uuid string, keep map[string]string
 	if len(known) == 0 && !Concerned(d) {
 		return nil
 	}
+	if d, err = k.join(ctx, d, known); err != nil {
+		return err
+	}
 	stacks, err := hypervisor.Stacks(ctx, d)
 	if err != nil {
 		return err
@@ -100,6 +104,24 @@ func (k *Keeper) settle(ctx context.Context, uuid string, keep map[string]string
 		}
 	}
 	return errors.Join(append(failed, k.collect(ctx, uuid))...)
+}
+
+// join waits for commits that an earlier life began, and looks at the domain again.
+func (k *Keeper) join(ctx context.Context, d hypervisor.Domain, known []catalog.Overlay) (hypervisor.Domain, error) {
+	joined := false
+	for _, o := range known {
+		if _, has := d.Disk(o.Target); !o.Committing || !d.Active || !has {
+			continue
+		}
+		if err := k.Hypervisor.JoinCommit(ctx, d.UUID, o.Target); err != nil {
+			return d, err
+		}
+		joined = true
+	}
+	if !joined {
+		return d, nil
+	}
+	return k.Hypervisor.ByUUID(ctx, d.UUID)
 }
 
 // Concerned tells by names alone whether a domain has an overlay of ours.
@@ -123,8 +145,6 @@ func (k *Keeper) commit(ctx context.Context, d hypervisor.Domain, c commit, know
 	recorded := func(l hypervisor.Stacked) int {
 		return slices.IndexFunc(known, func(o catalog.Overlay) bool { return o.Path == l.Path })
 	}
-	i := recorded(c.layers[0])
-	joining := i >= 0 && known[i].Committing
 	for _, l := range c.layers {
 		if recorded(l) < 0 { // the catalog was lost, or the domain came from another host
 			backup, _ := Ours(l)
@@ -140,7 +160,7 @@ func (k *Keeper) commit(ctx context.Context, d hypervisor.Domain, c commit, know
 		return k.Lifecycle.OwnWork(ctx, d, func() error { return k.commitOff(ctx, d, c) })
 	}
 	return k.Hypervisor.CommitLayer(ctx, d.UUID, hypervisor.LayerCommit{
-		Target: c.target, Top: c.layers[0].Path, Base: c.base.Path, Active: c.above == nil, Join: joining,
+		Target: c.target, Top: c.layers[0].Path, Base: c.base.Path, Active: c.above == nil,
 	})
 }
 

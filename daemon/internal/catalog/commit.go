@@ -95,7 +95,7 @@ func insertBackup(ctx context.Context, tx *sql.Tx, b Backup) error {
 		VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'running', ?, ?, ?, ?, 0, ?, 0, 0, '', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '')`,
 		b.ID, b.Domain, b.DomainName, null(b.Chain), null(b.Parent), b.Repository, b.Job, b.Kind, b.Cause,
 		b.Isolated, b.Consistency, toMicro(b.Created), b.Size,
-		b.Offering, b.Mode, b.Compression, b.Level, b.Threads, b.ChainSize, b.Quiesce, b.QuiescePolicy, b.Settings.Tracking, b.Fallback, b.Mark)
+		b.Offering, b.Mode, b.Compression, b.Level, b.Threads, b.ChainSize, b.Quiesce, b.QuiescePolicy, b.Tracking, b.Fallback, b.Mark)
 	return err
 }
 

@@ -23,7 +23,7 @@ import (
 // be as they were, or the copy is not kept.
 //
 // The bitmaps of the new checkpoint are the only thing that is written. QEMU's
-// image lock, which that takes for some milliseconds, would make a start fail
+// image lock, which that takes for 10 to 70 ms per disk, would make a start fail
 // that opens the image just then. It does not come to that with libvirt's hook
 // in place: a start waits there, at most 0.2 s, while the Keeper is at work, and
 // the Keeper does not let us work on a domain whose start the hook has seen.

@@ -43,6 +43,9 @@ func offlineBitmaps(ctx context.Context, dom Domain, name string) (map[string]bo
 			continue
 		}
 		layers, err := Layers(ctx, k)
+		if errors.Is(err, ErrLayer) {
+			continue // nobody can tell, then
+		}
 		if err != nil {
 			return nil, err
 		}

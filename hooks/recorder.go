@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -65,6 +66,9 @@ func (c call) record(ctx context.Context, stdin io.Reader) error {
 		err = fmt.Errorf("cannot read the definition of domain %q: %w", r.Name, err)
 	} else {
 		r.Domain, r.DomainID = strings.TrimSpace(d.UUID), d.ID
+		if r.DomainID == 0 && r.Operation == "stopped" {
+			r.DomainID = numberOf(r.Name)
+		}
 		if r.Operation == "prepare" || r.Operation == "release" {
 			r.Disks, err = c.fingerprints(ctx, text)
 		}
@@ -74,6 +78,29 @@ func (c call) record(ctx context.Context, stdin io.Reader) error {
 		err = makeRevertible(ctx, text)
 	}
 	return errors.Join(err, written)
+}
+
+// statusDirectory is where libvirt keeps the state of the domains that run, in
+// NAME.xml: until it has told that one stopped, in whose definition it no longer
+// gives the number that tells this run of it from others.
+const statusDirectory = "/run/libvirt/qemu"
+
+// numberOf returns libvirt's number of a domain that has just stopped; 0 if it
+// cannot be told.
+func numberOf(name string) int {
+	text, err := os.ReadFile(filepath.Join(statusDirectory, name+".xml"))
+	if err != nil {
+		return 0
+	}
+	var status struct {
+		Domain struct {
+			ID int `xml:"id,attr"`
+		} `xml:"domain"`
+	}
+	if err := xml.Unmarshal(text, &status); err != nil {
+		return 0
+	}
+	return status.Domain.ID
 }
 
 // fingerprints looks at all disks at once, as long as libvirt waits. What is

@@ -46,7 +46,8 @@ type Record struct {
 	Domain string `json:"domain"`
 	Name   string `json:"name"`
 	// DomainID is libvirt's number of the active domain; 0 for none. libvirt
-	// 9.0 gives it from prepare on, and no longer at stopped and release.
+	// 9.0 gives it from prepare on, and no longer at release; at stopped only
+	// its status file does.
 	DomainID int `json:"domain_id"`
 	// Operation, SubOperation and Extra are what the hook was called with
 	// (https://libvirt.org/hooks.html), as prepare, begin, -.

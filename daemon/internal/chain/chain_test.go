@@ -202,7 +202,9 @@ func TestDecideDemotesByOverlay(t *testing.T) {
 		{DiskReplaced, true, Snapshot, func(_ *Options, _ *Domain, d *Disk, l *LastDisk) { d.Run, d.Node, l.Run, l.Node = "1", 5, "1", 3 }},
 		{Unseen, true, Snapshot, func(_ *Options, _ *Domain, d *Disk, _ *LastDisk) { d.Unseen = Unseen }},
 		{OverlayMissing, true, Snapshot, func(_ *Options, _ *Domain, d *Disk, _ *LastDisk) { d.Overlay = "" }},
-		{OverlayMissing, true, Snapshot, func(_ *Options, _ *Domain, d *Disk, l *LastDisk) { d.Overlay, d.Run, d.Node, l.Run, l.Node = "", "1", 5, "1", 3 }},
+		{OverlayMissing, true, Snapshot, func(_ *Options, _ *Domain, d *Disk, l *LastDisk) {
+			d.Overlay, d.Run, d.Node, l.Run, l.Node = "", "1", 5, "1", 3
+		}},
 		{OverlayMissing, true, Snapshot, func(_ *Options, _ *Domain, d *Disk, _ *LastDisk) { d.Overlay = "/d/b.qcow2.b2" }},
 		{OverlayMissing, true, Snapshot, func(_ *Options, _ *Domain, _ *Disk, l *LastDisk) { l.Overlay = "" }},
 		{OverlayMissing, true, Snapshot, func(_ *Options, _ *Domain, d *Disk, l *LastDisk) { d.Overlay, l.Overlay = "", "" }},

@@ -262,6 +262,7 @@ func TestOwnWorkKeepsNobodyElseWaiting(t *testing.T) {
 	if err := <-hook; err != nil || b.phase() != Running {
 		t.Errorf("%q, %v", b.phase(), err)
 	}
+	b.tell("stopped", 0)
 	b.tell("release", 0)
 	b.want() // it was started before the work changed anything
 }

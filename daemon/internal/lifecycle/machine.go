@@ -74,9 +74,10 @@ func Next(k Known, r spool.Record) (Known, []Finding) {
 		}
 		return k, found
 	case "release":
-		if k.Phase == Stopped {
-			k.Phase = Running
+		if k.Phase != Stopped { // which run it was that ended was told when it stopped, if at all
+			return Known{Phase: Off, Disks: r.Disks}, []Finding{lost(k, run, "the domain is off, and nobody saw it stop")}
 		}
+		k.Phase = Running
 		k, found := goesOn(k, run)
 		_, found = located(k, parseNodes(r.XML), found)
 		return Known{Phase: Off, Disks: r.Disks}, found

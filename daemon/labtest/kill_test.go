@@ -160,6 +160,7 @@ type killer struct {
 	storage, scratch *faultFS
 	seed             int
 	daemon           string // its process before the fault
+	tracking         *dbus.Tracking
 }
 
 const scratchDirectory = "/var/lib/virtbackup/scratch"
@@ -196,7 +197,7 @@ func (k *killer) options() dbus.BackupOptions {
 	// A daemon that dies at the point in time does not know whether the guest was
 	// held still: that is no backup where it is required.
 	quiesce, policy := dbus.QuiesceAgent, dbus.QuiescePrefer
-	return dbus.BackupOptions{Settings: dbus.Settings{Quiesce: &quiesce, QuiescePolicy: &policy}}
+	return dbus.BackupOptions{Settings: dbus.Settings{Quiesce: &quiesce, QuiescePolicy: &policy, Tracking: k.tracking}}
 }
 
 // write writes what was never written before over some clusters of a disk.

@@ -161,31 +161,32 @@ func TestSnapshotTrackingOfAdmins(t *testing.T) {
 	}{
 		"nothing": {"snapshot", func(*guest) {}},
 		"commits": {"digest overlay-missing", func(g *guest) {
-			command(t, "", "virsh", "-q", "blockcommit", g.name, "vda", "--active", "--pivot", "--wait")
+			command(g.t, "", "virsh", "-q", "blockcommit", g.name, "vda", "--active", "--pivot", "--wait")
 		}},
 		"copies": {"digest disk-replaced", func(g *guest) {
 			to := "/var/lib/libvirt/images/" + g.name + "-copy.qcow2"
-			command(t, "", "virsh", "-q", "blockcopy", g.name, "vda", to, "--format", "qcow2", "--wait", "--pivot", "--transient-job")
+			command(g.t, "", "virsh", "-q", "blockcopy", g.name, "vda", to, "--format", "qcow2", "--wait", "--pivot", "--transient-job")
 		}},
 		"pulls": {"digest disk-replaced", func(g *guest) {
-			command(t, "", "virsh", "-q", "blockpull", g.name, "vda", "--wait")
+			command(g.t, "", "virsh", "-q", "blockpull", g.name, "vda", "--wait")
 			g.io("vda", "write -P 76 6M 64k") // and a flush, or QEMU alone knows what was pulled
 		}},
 		"snapshots": {"digest overlay-unsupported", func(g *guest) {
-			command(t, "", "virsh", "-q", "snapshot-create-as", g.name, "s", "--disk-only", "--diskspec", "vda,file=/var/lib/libvirt/images/"+g.name+"-s", "--diskspec", "vdb,snapshot=no")
+			command(g.t, "", "virsh", "-q", "snapshot-create-as", g.name, "s", "--disk-only", "--diskspec", "vda,file=/var/lib/libvirt/images/"+g.name+"-s", "--diskspec", "vdb,snapshot=no")
 			g.io("vda", "write -P 77 5M 64k")
 		}},
 		"reboots": {"snapshot", func(g *guest) {
-			command(t, "", "virsh", "-q", "destroy", g.name)
-			command(t, "", "virsh", "-q", "start", "--paused", g.name)
+			command(g.t, "", "virsh", "-q", "destroy", g.name)
+			command(g.t, "", "virsh", "-q", "start", "--paused", g.name)
 		}},
 		"saves": {"snapshot", func(g *guest) {
-			command(t, "", "virsh", "-q", "managedsave", g.name)
-			command(t, "", "virsh", "-q", "start", "--running", g.name)
-			command(t, "", "virsh", "-q", "suspend", g.name)
+			command(g.t, "", "virsh", "-q", "resume", g.name)
+			command(g.t, "", "virsh", "-q", "managedsave", g.name)
+			command(g.t, "", "virsh", "-q", "start", g.name)
+			command(g.t, "", "virsh", "-q", "suspend", g.name)
 		}},
 		"resizes": {"full", func(g *guest) {
-			command(t, "", "virsh", "-q", "blockresize", g.name, "vda", "20M")
+			command(g.t, "", "virsh", "-q", "blockresize", g.name, "vda", "20M")
 			g.io("vda", "write -P 78 17M 64k")
 		}},
 	} {
@@ -257,4 +258,127 @@ func TestSnapshotTrackingFails(t *testing.T) {
 	}
 	h.chainIsExact(b, want)
 	g.intact()
+}
+
+// TestSnapshotTrackingKill lets faults come at the steps of an increment by
+// overlays: whatever happens, the job ends once, the disks have one overlay of
+// ours, all layers are whole, and the next backup is exact.
+func TestSnapshotTrackingKill(t *testing.T) {
+	k := newKiller(t)
+	tracking := dbus.TrackingSnapshot
+	k.tracking = &tracking
+	k.write("vda", 0, 200)
+	k.backup(k.g, k.options())
+	for _, f := range faults {
+		if !slices.Contains([]string{"daemon-kill", "worker-kill", "cancel", "qemu-kill", "libvirtd-restart"}, f.name) {
+			continue
+		}
+		for _, s := range steps {
+			if s.scratch || s.in != theWorker || f.name != "daemon-kill" && (s.name == "flushing" || s.name == "verifying") {
+				continue
+			}
+			if !t.Run(f.name+"/"+s.name, func(t *testing.T) { k.tryOverlays(t, f, s) }) {
+				t.FailNow()
+			}
+		}
+	}
+}
+
+func (k *killer) tryOverlays(t *testing.T, f fault, s step) {
+	k.retarget(t)
+	k.write("vda", 3, 7)
+	want := k.g.snapshot("vda")
+	job, at := k.startAndStop(s)
+	if s.reached("copying") {
+		k.write("vda", 5, 9) // after the point in time
+	}
+	k.daemon = daemonPID(t)
+	f.do(k, job)
+	if f.settled != nil && !slices.Contains(f.needs, s.in) {
+		f.settled(k)
+	}
+	at.letGo()
+	if f.settled != nil {
+		f.settled(k)
+	}
+	j := k.end(job)
+	if k.g.state() == "shut off" {
+		k.g.boot()
+	}
+	k.nothingLeft(k.g)
+	if j.State == dbus.JobSucceeded {
+		b := k.made(j)
+		k.chainIsExact(b, want)
+		k.g.onlyOverlay(b.ID)
+	}
+	k.g.intact()
+	k.write("vda", 200, 3)
+	want = k.g.snapshot("vda")
+	next := k.backup(k.g, k.options())
+	t.Logf("%s; the next backup is %s, vda %s", j.State, next.Kind, foundBy(next, "vda"))
+	k.chainIsExact(next, want)
+	k.g.onlyOverlay(next.ID)
+	k.g.intact()
+	k.nothingLeft(k.g)
+}
+
+// TestSnapshotTrackingBeside has a chain by bitmaps and one by overlays of the
+// same domain, in two repositories, take turns: neither is wrong.
+func TestSnapshotTrackingBeside(t *testing.T) {
+	first, second := newHost(t), newHost(t)
+	g := newPausedGuest(t, "qcow2:16M")
+	for round := range 8 {
+		g.io("vda", fmt.Sprintf("write -P %d %dk 192k", round+1, round*128))
+		if round%3 == 2 { // what is to be committed then, is while it is off
+			command(t, "", "virsh", "-q", "destroy", g.name)
+		}
+		h, o := first, dbus.BackupOptions{}
+		if round%2 == 1 {
+			h, o = second, bySnapshot()
+		}
+		want := g.snapshot()
+		b := h.backup(g, o)
+		t.Logf("round %d: %s", round, foundBy(b, "vda"))
+		h.chainIsExact(b, want)
+		if round%3 == 2 {
+			command(t, "", "virsh", "-q", "start", "--paused", g.name)
+		}
+		g.io("vda", fmt.Sprintf("write -P %d %dk 64k", 100+round, 8192+round*64))
+	}
+	g.intact()
+}
+
+// TestSnapshotTrackingRestoredInPlace restores over disks that have overlays:
+// those go, and the disks are what the backup holds.
+func TestSnapshotTrackingRestoredInPlace(t *testing.T) {
+	h, g := newHost(t), newPausedGuest(t, "qcow2:16M", "raw:8M")
+	before := g.disks()
+	g.io("vda", "write -P 1 0 4M")
+	g.io("vdb", "write -P 2 0 1M")
+	want := g.snapshot()
+	b := h.backup(g, bySnapshot())
+	g.io("vda", "write -P 3 1M 4M")
+	g.io("vdb", "write -P 4 512k 4M")
+	command(t, "", "virsh", "-q", "destroy", g.name)
+	job, err := h.RestoreInPlace(t.Context(), b.ID, dbus.RestoreInPlaceOptions{})
+	if err == nil {
+		err = h.end(job).Err()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if now := g.disks(); !slices.Equal(now, before) {
+		t.Errorf("the disks are %v and were %v", now, before)
+	}
+	for _, d := range g.disks() {
+		sameContent(t, d.target, d.format, d.file, want[d.target])
+	}
+	g.onlyOverlay("")
+	h.nothingLeft(g)
+	next := h.backup(g, bySnapshot())
+	if next.Kind != dbus.KindFull {
+		t.Errorf("the next backup is %s", next.Kind)
+	}
+	h.chainIsExact(next, want)
+	g.onlyOverlay(next.ID)
 }

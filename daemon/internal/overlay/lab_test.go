@@ -389,3 +389,34 @@ func awaitJob(t *testing.T, g *guest, done <-chan error) {
 		}
 	}
 }
+
+// TestLabFull has no space for one of two overlays: none is put, and nothing stays.
+func TestLabFull(t *testing.T) {
+	g := newGuest(t, "overlay-full")
+	small := "/var/tmp/" + g.name // which QEMU can come to
+	must(t, os.Mkdir(small, 0o711))
+	host(t, "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small)
+	t.Cleanup(func() { _ = exec.CommandContext(context.Background(), "sh", "-c", "umount "+small+" && rmdir "+small).Run() })
+	for _, start := range []bool{false, true} {
+		if start {
+			g.start()
+			g.write(0, 4)
+		}
+		paths := map[string]string{"vda": Name(g.base("vda"), id(7)), "vdb": filepath.Join(small, "vdb"+infix+id(7))}
+		rows := []catalog.Overlay{}
+		for target, path := range paths {
+			rows = append(rows, catalog.Overlay{Path: path, Domain: g.uuid, Backup: id(7), Target: target})
+		}
+		must(t, g.c.AddOverlays(t.Context(), rows))
+		if err := g.h.PutOverlays(t.Context(), g.uuid, paths); err == nil {
+			t.Error("overlays were put where there is no space")
+		} else {
+			t.Log(err)
+		}
+		g.settle()
+		g.is()
+		if left, err := os.ReadDir(small); err != nil || len(left) > 0 {
+			t.Errorf("left are %v, %v", left, err)
+		}
+	}
+}

@@ -98,19 +98,19 @@ var rows = []row{
 	{does: "qemu-img resize", running: resized, off: resized},
 
 	{does: "internal snapshot", running: internal, off: internal, all: true},
-	{does: "internal snapshot of the domain that is off", running: internal, off: internal, all: true},
+	{does: "internal snapshot of the domain that is off", running: changed, off: changed, all: true},
 	{does: "snapshot-revert", before: internalSnapshot, running: internal, off: internal, all: true},
-	{does: "snapshot-delete", before: internalSnapshot, running: broken, off: broken, all: true},
-	{does: externalSnapshot, running: cbt, off: cbt},
-	{does: externalSnapshot + " of the domain that is off", running: broken, off: broken},
+	{does: "snapshot-delete", before: internalSnapshot, running: missing, off: missing, all: true},
+	{does: externalSnapshot, running: cbt, off: broken},
+	{does: externalSnapshot + " of the domain that is off", running: replaced, off: broken},
 	{does: nothing, before: externalSnapshot, running: cbt, off: cbt},
 	{does: "blockcommit --pivot", before: externalSnapshot, running: cbt, off: cbt},
 	{does: "blockpull", before: externalSnapshot, running: cbt, off: cbt},
 	{does: "two external snapshots, the middle layer pulled", running: cbt, off: cbt},
 	{does: "two external snapshots, the middle layer committed", running: cbt, off: cbt},
-	{does: "qemu-img commit, and the overlay taken out", before: externalSnapshot, running: changed, off: changed},
+	{does: "qemu-img commit, and the overlay taken out", before: externalSnapshot, running: replaced, off: replaced},
 	{does: "qemu-img rebase onto nothing", before: externalSnapshot, running: changed, off: changed},
-	{does: "overlay dropped", before: externalSnapshot, running: changed, off: changed},
+	{does: "overlay dropped", before: externalSnapshot, running: replaced, off: replaced},
 	{does: "blockcopy --pivot", running: replaced, off: replaced},
 
 	{does: "image overwritten by another", running: changed, off: changed},
@@ -127,8 +127,8 @@ var rows = []row{
 	{does: "undefine, define while it runs", running: cbt, off: cbt},
 	{does: "rename", running: cbt, off: cbt},
 	{does: "checkpoint redefined, its metadata deleted", running: cbt, off: cbt},
-	{does: "checkpoint redefined and deleted", running: broken, off: broken},
-	{does: "block-dirty-bitmap-remove", running: broken, off: broken},
+	{does: "checkpoint redefined and deleted", running: broken, off: missing},
+	{does: "block-dirty-bitmap-remove", running: broken, off: missing},
 	{does: "qemu-img bitmap --remove", running: changed, off: changed},
 
 	{does: nothing, offline: true, running: cbt, off: cbt},
@@ -148,7 +148,7 @@ var rows = []row{
 	{does: externalSnapshot, settings: byOverlay, says: "tracking snapshot", running: "digest overlay-missing", off: "digest overlay-missing", others: overlay},
 	{does: "blockcommit --pivot", settings: byOverlay, says: "tracking snapshot", running: "digest overlay-missing", off: "digest overlay-missing", others: overlay},
 	{does: "blockpull", settings: byOverlay, says: "tracking snapshot", running: "digest overlay-missing", off: "digest overlay-missing", others: overlay},
-	{does: "overlay dropped", settings: byOverlay, says: "tracking snapshot", running: changed, off: changed, others: overlay},
+	{does: "overlay dropped", settings: byOverlay, says: "tracking snapshot", running: replaced, off: replaced, others: overlay},
 }
 
 // What the offerings of some rows ask for.

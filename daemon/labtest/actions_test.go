@@ -350,8 +350,12 @@ func (s *scene) deleteCheckpoint(target string, flags ...string) {
 	}
 	definition := fmt.Sprintf("<domaincheckpoint><name>%s</name><creationTime>1</creationTime><disks>%s</disks>%s</domaincheckpoint>",
 		name, disks.String(), s.virsh("dumpxml", s.name))
-	s.virshWith(definition, "checkpoint-create", s.name, "/dev/stdin", "--redefine")
-	s.virsh(append([]string{"checkpoint-delete", s.name, name}, flags...)...)
+	eventually(s.t, "libvirt knows the checkpoint until it is deleted", func() error {
+		// The daemon has libvirt forget those of its checkpoints that it finds there.
+		s.virshWith(definition, "checkpoint-create", s.name, "/dev/stdin", "--redefine")
+		_, err := tryVirsh(append([]string{"checkpoint-delete", s.name, name}, flags...)...)
+		return err
+	})
 }
 
 // backing is the layer below the top one.

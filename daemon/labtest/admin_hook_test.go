@@ -31,7 +31,7 @@ func TestDaemonAway(t *testing.T) {
 				c.write(3)
 			})
 			eventually(t, "the daemon has read what the hook wrote", func() error {
-				left, err := filepath.Glob(filepath.Join(theSpool, "*"))
+				left, err := filepath.Glob(filepath.Join(theSpool, "*.json"))
 				if err == nil && len(left) > 0 {
 					err = fmt.Errorf("there is %v", left)
 				}

@@ -60,7 +60,7 @@ func newHostAt(t *testing.T, repository string) *host {
 // fresh makes a directory that no other test has.
 func fresh(t *testing.T, parent string) string {
 	t.Helper()
-	name := strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(t.Name()))
+	name := strings.ToLower(strings.NewReplacer("/", "-", "_", "-", ",", "").Replace(t.Name()))
 	path, err := os.MkdirTemp(parent, name[:min(len(name), 40)]+"-")
 	if err != nil {
 		t.Fatal(err)

@@ -253,6 +253,7 @@ func chosen(name string) (action, string) {
 // tryRow tries a row, and returns its line of the table.
 func (h *host) tryRow(r row, next string) string {
 	s := r.scene(h.t)
+	defer h.tellMarks(s)
 	c := &watched{host: h, scene: s, settings: r.settings}
 	c.write(1)
 	c.take()
@@ -406,6 +407,15 @@ func (c *watched) foretold(verdict string) {
 		}
 		return errors.Join(err, fmt.Errorf("they are told %+v", told))
 	})
+}
+
+// tellMarks tells, of a test that failed, what the daemon saw of the disks.
+func (h *host) tellMarks(s *scene) {
+	if !h.t.Failed() {
+		return
+	}
+	marks, err := h.DomainMarks(h.t.Context(), s.uuid, 0)
+	h.t.Logf("the daemon saw %+v %v", marks, err)
 }
 
 // take makes a backup.

@@ -96,6 +96,7 @@ func newWalk(t *testing.T, seed uint64, figures *walkFigures) *walk {
 
 // walk does it.
 func (w *walk) walk() {
+	defer w.chains[0].tellMarks(w.scene)
 	for range walkSteps {
 		switch n := w.IntN(10); {
 		case n < 3:

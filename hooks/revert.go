@@ -7,9 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/virtbackup/virtbackup/hooks/fingerprint"
 )
@@ -34,7 +38,8 @@ func makeRevertible(ctx context.Context, definition []byte) error {
 	}
 	var failed []error
 	for _, s := range sources {
-		if s.Format != "qcow2" || s.Path == "" {
+		// To qemu-img all else might name a protocol.
+		if s.Format != "qcow2" || !filepath.IsAbs(s.Path) {
 			continue
 		}
 		if any, err := hasSnapshots(s.Path); err != nil || !any {
@@ -48,11 +53,15 @@ func makeRevertible(ctx context.Context, definition []byte) error {
 // hasSnapshots reads the number of internal snapshots in a qcow2 header (QEMU
 // docs/interop/qcow2.txt, "Header": nb_snapshots).
 func hasSnapshots(path string) (bool, error) {
-	f, err := os.Open(path)
+	// Not to wait for another end, should it be a FIFO.
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
 	if err != nil {
 		return false, err
 	}
 	defer f.Close()
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() && info.Mode().Type() != fs.ModeDevice {
+		return false, err
+	}
 	var h [64]byte
 	if _, err := io.ReadFull(f, h[:]); err != nil {
 		return false, err

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestMakeRevertible has bitmaps of ours removed from an image with internal
@@ -27,7 +29,10 @@ func TestMakeRevertible(t *testing.T) {
 		return path
 	}
 	with, without := image("vda"), image("vdb")
-	image("vdc") // is missing
+	image("vdc")                                             // is missing
+	if err := unix.Mkfifo(image("vdd"), 0o600); err != nil { // nobody is at its other end
+		t.Fatal(err)
+	}
 	definition.WriteString("</devices></domain>")
 	for _, path := range []string{with, without} {
 		qemuImg("create", "-q", "-f", "qcow2", path, "1M")

@@ -3,6 +3,7 @@ package catalog
 import (
 	"context"
 	"database/sql"
+	"time"
 )
 
 // Overlay is an image that we put on a disk of a domain, so that the changes
@@ -12,9 +13,11 @@ type Overlay struct {
 	Domain string // UUID
 	Backup string // at whose point in time it was made
 	Target string
-	// Committing: it is being committed into the layer below, or was. Once it
-	// is no layer of the disk any more, all that it held is elsewhere.
+	// Committing: it is being committed into the layer below, or was.
 	Committing bool
+	// Committed is its mtime, in ns since the epoch, when all that it held was in
+	// the layer below; 0 if it never was.
+	Committed int64
 }
 
 // AddOverlays records overlays that are about to be made.
@@ -38,6 +41,14 @@ func (c *Catalog) CommittingOverlay(ctx context.Context, path string) error {
 	})
 }
 
+// CommittedOverlay records that all that an overlay holds is in the layer below.
+// modified is its mtime: what is written to it later is not.
+func (c *Catalog) CommittedOverlay(ctx context.Context, path string, modified time.Time) error {
+	return c.write(ctx, "record that overlay "+path+" is committed", func(tx *sql.Tx) error {
+		return exactlyOne(tx.ExecContext(ctx, "UPDATE overlays SET committed = ? WHERE path = ?", modified.UnixNano(), path))
+	})
+}
+
 // RemovedOverlay records that an overlay is gone.
 func (c *Catalog) RemovedOverlay(ctx context.Context, path string) error {
 	return c.write(ctx, "forget overlay "+path, func(tx *sql.Tx) error {
@@ -46,10 +57,10 @@ func (c *Catalog) RemovedOverlay(ctx context.Context, path string) error {
 	})
 }
 
-const overlayColumns = "path, domain, backup, target, committing"
+const overlayColumns = "path, domain, backup, target, committing, committed"
 
 func scanOverlay(from row) (o Overlay, err error) {
-	err = from.Scan(&o.Path, &o.Domain, &o.Backup, &o.Target, &o.Committing)
+	err = from.Scan(&o.Path, &o.Domain, &o.Backup, &o.Target, &o.Committing, &o.Committed)
 	return o, err
 }
 

@@ -55,7 +55,9 @@ func TestOverlays(t *testing.T) {
 	must(t, c.RemovedOverlay(ctx, second.Path))
 	mustBe(t, ErrNotFound, c.CommittingOverlay(ctx, second.Path))
 	must(t, c.CommittingOverlay(ctx, third.Path))
-	third.Committing = true
+	must(t, c.CommittedOverlay(ctx, third.Path, epoch))
+	mustBe(t, ErrNotFound, c.CommittedOverlay(ctx, second.Path, epoch))
+	third.Committing, third.Committed = true, epoch.UnixNano()
 	all, err := c.Overlays(ctx, "")
 	must(t, err)
 	if diff := cmp.Diff([]Overlay{first, third, fourth}, all); diff != "" {

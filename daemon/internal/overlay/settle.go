@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
@@ -32,6 +33,7 @@ type Catalog interface {
 	Overlays(ctx context.Context, domain string) ([]catalog.Overlay, error)
 	KeptOverlays(ctx context.Context, domain string) ([]catalog.Overlay, error)
 	CommittingOverlay(ctx context.Context, path string) error
+	CommittedOverlay(ctx context.Context, path string, modified time.Time) error
 	RemovedOverlay(ctx context.Context, path string) error
 	Backup(ctx context.Context, id string) (catalog.Backup, error)
 }
@@ -159,9 +161,30 @@ func (k *Keeper) commit(ctx context.Context, d hypervisor.Domain, c commit, know
 	if !d.Active {
 		return k.Lifecycle.OwnWork(ctx, d, func() error { return k.commitOff(ctx, d, c) })
 	}
-	return k.Hypervisor.CommitLayer(ctx, d.UUID, hypervisor.LayerCommit{
+	err := k.Hypervisor.CommitLayer(ctx, d.UUID, hypervisor.LayerCommit{
 		Target: c.target, Top: c.layers[0].Path, Base: c.base.Path, Active: c.above == nil,
 	})
+	if err != nil {
+		return err
+	}
+	return k.committed(ctx, c)
+}
+
+// committed records that what the layers hold is in the one below them now.
+func (k *Keeper) committed(ctx context.Context, c commit) error {
+	for _, l := range c.layers {
+		st, err := os.Lstat(l.Path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // libvirt has deleted it
+		}
+		if err == nil {
+			err = k.Catalog.CommittedOverlay(ctx, l.Path, st.ModTime())
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // mayCommit says what would be lost or damaged by a commit.
@@ -229,6 +252,9 @@ func (k *Keeper) commitOff(ctx context.Context, d hypervisor.Domain, c commit) e
 		return err
 	}
 	committed, err := os.Stat(top.Path)
+	if err == nil {
+		err = k.committed(ctx, c)
+	}
 	if err != nil {
 		return err
 	}
@@ -307,10 +333,16 @@ func inStacks(stacks map[string][]hypervisor.Stacked, path string) bool {
 
 // remove removes an overlay that nothing uses, unless what it holds is nowhere else.
 func (k *Keeper) remove(ctx context.Context, o catalog.Overlay) error {
-	if _, err := os.Lstat(o.Path); errors.Is(err, fs.ErrNotExist) {
+	st, err := os.Lstat(o.Path)
+	if errors.Is(err, fs.ErrNotExist) {
 		return k.Catalog.RemovedOverlay(ctx, o.Path)
 	}
-	if !o.Committing {
+	if err != nil {
+		return fmt.Errorf("cannot remove an overlay: %w", err)
+	}
+	// A commit that was begun says nothing: it may have failed, and the guest
+	// have gone on writing, before somebody detached the disk.
+	if o.Committed == 0 || o.Committed != st.ModTime().UnixNano() {
 		unused, err := k.neverUsed(ctx, o)
 		if err != nil {
 			return err

@@ -40,6 +40,7 @@ CREATE TABLE overlays (
 	domain     TEXT NOT NULL, -- UUID
 	backup     TEXT NOT NULL, -- at whose point in time it was made; no reference: it may outlive the backup
 	target     TEXT NOT NULL,
-	committing INTEGER NOT NULL DEFAULT 0 -- it is being committed into the layer below, or was
+	committing INTEGER NOT NULL DEFAULT 0, -- it is being committed into the layer below, or was
+	committed  INTEGER NOT NULL DEFAULT 0 -- its mtime, ns since the epoch, when all that it held was in the layer below
 ) STRICT;
 CREATE INDEX overlays_domain ON overlays (domain);

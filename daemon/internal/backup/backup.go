@@ -85,7 +85,7 @@ type Catalog interface {
 // Keeper knows whether disks were watched between two backups, see lifecycle.Keeper.
 type Keeper interface {
 	Observe(ctx context.Context, d hypervisor.Domain) (number int64, newest []catalog.Mark, err error)
-	OwnWork(ctx context.Context, d hypervisor.Domain, fn func() error) error
+	OwnWork(ctx context.Context, d hypervisor.Domain, targets []string, fn func() error) error
 }
 
 // Settings are read anew for each backup.

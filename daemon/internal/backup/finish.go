@@ -128,7 +128,11 @@ func (k *Kind) delete(ctx context.Context, uuid, name, definition string) error 
 		return work()
 	}
 	// Begun, it is carried through: what the images are then has to become known.
-	return k.Keeper.OwnWork(context.WithoutCancel(ctx), d, work)
+	var targets []string
+	for _, disk := range d.Disks {
+		targets = append(targets, disk.Target)
+	}
+	return k.Keeper.OwnWork(context.WithoutCancel(ctx), d, targets, work)
 }
 
 // forget has libvirt forget a checkpoint, once its definition is in the catalog:

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
@@ -135,7 +137,8 @@ func (r frozen) putOff(ctx context.Context) error {
 	if err := r.Plan.unchanged("", d); err != nil {
 		return err
 	}
-	err = r.Keeper.OwnWork(ctx, d, func() error { return r.Hypervisor.PutOverlays(ctx, r.Plan.Domain, r.paths()) })
+	paths := r.paths()
+	err = r.Keeper.OwnWork(ctx, d, slices.Collect(maps.Keys(paths)), func() error { return r.Hypervisor.PutOverlays(ctx, r.Plan.Domain, paths) })
 	if err != nil {
 		return fmt.Errorf("cannot put overlays beside the disks, is there space? %w", err)
 	}

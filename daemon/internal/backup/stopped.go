@@ -119,7 +119,7 @@ func (r stopped) addBitmaps(ctx context.Context, d hypervisor.Domain) error {
 		}
 		disk, _ := d.Disk(k.Target)
 		// Begun, it is carried through: what the image is then has to become known.
-		err := r.Keeper.OwnWork(context.WithoutCancel(ctx), d, func() error { return hypervisor.AddBitmap(ctx, disk, r.Plan.Checkpoint) })
+		err := r.Keeper.OwnWork(context.WithoutCancel(ctx), d, []string{k.Target}, func() error { return hypervisor.AddBitmap(ctx, disk, r.Plan.Checkpoint) })
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}

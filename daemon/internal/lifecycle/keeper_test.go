@@ -201,25 +201,31 @@ func TestAnUnreadableRecordMakesAllUnknown(t *testing.T) {
 
 func TestOwnWork(t *testing.T) {
 	b := newBench(t)
-	if err := b.OwnWork(t.Context(), b.d, func() error { b.write("ours"); return nil }); err != nil {
+	if err := b.OwnWork(t.Context(), b.d, []string{"vda"}, func() error { b.write("ours"); return nil }); err != nil {
 		t.Fatal(err)
 	}
 	b.want()
 
 	b.write("edited")
-	if err := b.OwnWork(t.Context(), b.d, func() error { b.write("ours again"); return nil }); err != nil {
+	if err := b.OwnWork(t.Context(), b.d, []string{"vda"}, func() error { b.write("ours again"); return nil }); err != nil {
 		t.Fatal(err)
 	}
 	b.want("vda " + string(chain.ChangedWhileOff))
 
 	// It is started while we are at work, and stops before we look.
-	if err := b.OwnWork(t.Context(), b.d, func() error { b.write("edited"); b.run(); return nil }); err != nil {
+	if err := b.OwnWork(t.Context(), b.d, []string{"vda"}, func() error { b.write("edited"); b.run(); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	b.want("vda " + string(chain.ChangedWhileOff))
+
+	// Somebody changes a disk that the work is not about.
+	if err := b.OwnWork(t.Context(), b.d, []string{"vdb"}, func() error { b.write("edited"); return nil }); err != nil {
 		t.Fatal(err)
 	}
 	b.want("vda " + string(chain.ChangedWhileOff))
 
 	failed := errors.New("no space left")
-	if err := b.OwnWork(t.Context(), b.d, func() error { b.write("half"); return failed }); !errors.Is(err, failed) {
+	if err := b.OwnWork(t.Context(), b.d, []string{"vda"}, func() error { b.write("half"); return failed }); !errors.Is(err, failed) {
 		t.Error(err)
 	}
 	b.want()
@@ -233,7 +239,7 @@ func TestOwnWorkKeepsNobodyElseWaiting(t *testing.T) {
 	other := b.d
 	other.UUID = "11111111-1111-4111-8111-111111111111"
 	hook := make(chan error, 1)
-	err := b.OwnWork(t.Context(), b.d, func() error {
+	err := b.OwnWork(t.Context(), b.d, []string{"vda"}, func() error {
 		if _, _, err := b.Observe(t.Context(), other); err != nil {
 			t.Error(err)
 		}
@@ -273,7 +279,7 @@ var errStopped = errors.New("stopped")
 // it left is not taken for known.
 func TestUnknownDuringOwnWork(t *testing.T) {
 	b := newBench(t)
-	err := b.OwnWork(t.Context(), b.d, func() error {
+	err := b.OwnWork(t.Context(), b.d, []string{"vda"}, func() error {
 		if err := os.Truncate(b.tell("restore", 0), 10); err != nil {
 			t.Error(err)
 		}

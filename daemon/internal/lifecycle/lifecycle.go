@@ -9,7 +9,7 @@
 //
 // What cannot be seen: a disk that is written to in the milliseconds from when
 // QEMU closed it until the hook looks at it, and one that somebody writes to
-// while virtbackup itself changes it (OwnWork).
+// while virtbackup itself changes that one (OwnWork).
 package lifecycle
 
 import (
@@ -285,10 +285,11 @@ func (k *Keeper) lookAgain(ctx context.Context, uuid string, wait bool) (hypervi
 	return k.Domains.ByUUID(ctx, uuid)
 }
 
-// OwnWork runs fn, which changes images of a domain that is off, or gives it others, and takes what
-// they are afterwards for known. What changed before leaves marks, and so does
-// a start meanwhile. The error is fn's, or that of what is around it.
-func (k *Keeper) OwnWork(ctx context.Context, d hypervisor.Domain, fn func() error) error {
+// OwnWork runs fn, which changes the images of some disks of a domain that is
+// off, or gives them others, and takes what they are afterwards for known. What
+// changed before leaves marks, and so do a start meanwhile and what happens to
+// other disks. The error is fn's, or that of what is around it.
+func (k *Keeper) OwnWork(ctx context.Context, d hypervisor.Domain, targets []string, fn func() error) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	e, err := k.observe(ctx, d)
@@ -321,8 +322,10 @@ func (k *Keeper) OwnWork(ctx context.Context, d hypervisor.Domain, fn func() err
 	if slices.ContainsFunc(records, func(r spool.Entry) bool { return r.Err != nil || r.Record.Domain == "" || r.Record.Domain == d.UUID }) {
 		return failed
 	}
+	ours := func(d fingerprint.Disk) bool { return slices.Contains(targets, d.Target) }
+	found := compare(e.Disks, slices.DeleteFunc(slices.Clone(o.Disks), ours))
 	e.Known = Known{Phase: Off, Disks: o.Disks}
-	return cmp.Or(failed, k.save(ctx, d.UUID, e, nil, time.Now()))
+	return cmp.Or(failed, k.save(ctx, d.UUID, e, found, time.Now()))
 }
 
 // work runs fn without k.mu: it may take long, or for ever when storage hangs.

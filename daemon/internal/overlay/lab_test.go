@@ -39,7 +39,9 @@ func must(t *testing.T, err error) {
 // noHook runs own work without telling anybody.
 type noHook struct{}
 
-func (noHook) OwnWork(_ context.Context, _ hypervisor.Domain, fn func() error) error { return fn() }
+func (noHook) OwnWork(_ context.Context, _ hypervisor.Domain, _ []string, fn func() error) error {
+	return fn()
+}
 
 // guest is a paused domain with a qcow2 and a raw disk, whose disks only write
 // writes to, and a chain of backups of it that are in the catalog alone.
@@ -396,7 +398,9 @@ func TestLabFull(t *testing.T) {
 	small := "/var/tmp/" + g.name // which QEMU can come to
 	must(t, os.Mkdir(small, 0o711))
 	host(t, "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small)
-	t.Cleanup(func() { _ = exec.CommandContext(context.Background(), "sh", "-c", "umount "+small+" && rmdir "+small).Run() })
+	t.Cleanup(func() {
+		_ = exec.CommandContext(context.Background(), "sh", "-c", "umount "+small+" && rmdir "+small).Run()
+	})
 	for _, start := range []bool{false, true} {
 		if start {
 			g.start()

@@ -40,7 +40,7 @@ type Catalog interface {
 
 // Lifecycle is told of own work on images of domains that are off.
 type Lifecycle interface {
-	OwnWork(ctx context.Context, d hypervisor.Domain, fn func() error) error
+	OwnWork(ctx context.Context, d hypervisor.Domain, targets []string, fn func() error) error
 }
 
 // Keeper settles overlays.
@@ -159,7 +159,7 @@ func (k *Keeper) commit(ctx context.Context, d hypervisor.Domain, c commit, know
 		}
 	}
 	if !d.Active {
-		return k.Lifecycle.OwnWork(ctx, d, func() error { return k.commitOff(ctx, d, c) })
+		return k.Lifecycle.OwnWork(ctx, d, []string{c.target}, func() error { return k.commitOff(ctx, d, c) })
 	}
 	err := k.Hypervisor.CommitLayer(ctx, d.UUID, hypervisor.LayerCommit{
 		Target: c.target, Top: c.layers[0].Path, Base: c.base.Path, Active: c.above == nil,

@@ -322,12 +322,46 @@ func (d *Disk) replace(of hypervisor.Domain) error {
 
 // existing returns where a file really is, and whose.
 func existing(path string) (string, transfer.Owner, error) {
-	real, err := filepath.EvalSymlinks(path)
+	real, err := resolve(path)
 	if err != nil {
 		return "", transfer.Owner{}, err
 	}
 	owner, err := ownerOf(real)
 	return real, owner, err
+}
+
+// maxLinks is how many links the kernel follows in one path (MAXSYMLINKS).
+const maxLinks = 40
+
+// resolve follows the links in a path, if they are root's. QEMU's user may put
+// one in the place of its NVRAM, and who has disks in a directory of their own
+// in the place of one, to have any other file replaced.
+func resolve(path string) (string, error) {
+	real, links := "/", 0
+	for left := strings.Split(path, "/"); len(left) > 0; {
+		next := filepath.Join(real, left[0])
+		left = left[1:]
+		var st unix.Stat_t
+		if err := unix.Lstat(next, &st); err != nil {
+			return "", fmt.Errorf("cannot look at %s: %w", next, err)
+		}
+		if st.Mode&unix.S_IFMT != unix.S_IFLNK {
+			real = next
+			continue
+		}
+		if links++; st.Uid != 0 || links > maxLinks {
+			return "", fmt.Errorf("%s is a symbolic link that is not root's, or one of too many", next)
+		}
+		to, err := os.Readlink(next)
+		if err != nil {
+			return "", fmt.Errorf("cannot look at %s: %w", next, err)
+		}
+		if filepath.IsAbs(to) {
+			real = "/"
+		}
+		left = append(strings.Split(to, "/"), left...)
+	}
+	return real, nil
 }
 
 // ownerOf returns whose a file is, which must be one with a single name.

@@ -3,7 +3,6 @@ package restore
 import (
 	"errors"
 	"fmt"
-	"os"
 	"path"
 	"path/filepath"
 	"slices"
@@ -116,17 +115,21 @@ func makeDirectory(path string, o transfer.Owner) error {
 		return err
 	}
 	defer parent.close()
-	name := filepath.Base(path)
-	if err := unix.Mkdirat(parent.fd, name, 0o700); errors.Is(err, unix.EEXIST) {
+	if err := unix.Mkdirat(parent.fd, filepath.Base(path), 0o700); errors.Is(err, unix.EEXIST) {
 		return nil
 	} else if err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
+	made, err := openDirectory(path)
+	if err != nil {
+		return err
+	}
+	defer made.close()
 	if o.UID != nil && o.GID != nil {
-		err = unix.Fchownat(parent.fd, name, *o.UID, *o.GID, unix.AT_SYMLINK_NOFOLLOW)
+		err = unix.Fchown(made.fd, *o.UID, *o.GID)
 	}
 	if err == nil {
-		err = unix.Fchmodat(parent.fd, name, o.Mode, 0) // whatever our umask is
+		err = unix.Fchmod(made.fd, o.Mode) // whatever our umask is
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", path, err)
@@ -135,12 +138,15 @@ func makeDirectory(path string, o transfer.Owner) error {
 }
 
 // removeTPMDirectories removes those of a domain that has nothing in them. They
-// are no loss: libvirt makes them when it needs them.
+// are no loss: libvirt makes them when it needs them. What an admin made, as a
+// place for it or a link to one, stays.
 func removeTPMDirectories(p Plan) {
 	for _, f := range p.Files {
-		if f.isTPM() && f.Destination != "" {
-			_ = os.Remove(filepath.Dir(f.Destination))
-			_ = os.Remove(filepath.Dir(filepath.Dir(f.Destination)))
+		state := filepath.Dir(f.Destination)
+		domain := filepath.Dir(state)
+		if f.isTPM() && filepath.Dir(domain) == hypervisor.TPMDirectory {
+			_ = unix.Rmdir(state)
+			_ = unix.Rmdir(domain)
 		}
 	}
 }

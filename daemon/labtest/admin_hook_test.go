@@ -61,6 +61,7 @@ func TestDaemonAway(t *testing.T) {
 				}
 			}
 			c.allExact()
+			s.bring(off)
 			c.nothingLeft(s.guest)
 		})
 	}

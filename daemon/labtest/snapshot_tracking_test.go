@@ -185,6 +185,26 @@ func TestSnapshotTrackingOfAdmins(t *testing.T) {
 			command(g.t, "", "virsh", "-q", "start", g.name)
 			command(g.t, "", "virsh", "-q", "suspend", g.name)
 		}},
+		"detaches": {"digest disk-replaced", func(g *guest) {
+			file := filepath.Join(g.t.TempDir(), "disk.xml")
+			command(g.t, "", "sh", "-c", "virsh -q dumpxml "+g.name+" --xpath \"//disk[target/@dev='vda']\" > "+file)
+			command(g.t, "", "virsh", "-q", "resume", g.name)
+			eventually(g.t, "vda is detached", func() error {
+				_, err := tryVirsh("detach-device", g.name, file, "--live")
+				if disks := g.disks(); len(disks) == 1 {
+					return nil
+				}
+				return fmt.Errorf("not yet: %w", err)
+			})
+			command(g.t, "", "virsh", "-q", "attach-device", g.name, file, "--live")
+			command(g.t, "", "virsh", "-q", "suspend", g.name)
+		}},
+		"defines anew": {"snapshot", func(g *guest) {
+			file := filepath.Join(g.t.TempDir(), "domain.xml")
+			command(g.t, "", "sh", "-c", "virsh -q dumpxml --inactive "+g.name+" > "+file)
+			command(g.t, "", "virsh", "-q", "undefine", g.name)
+			command(g.t, "", "virsh", "-q", "define", file)
+		}},
 		"resizes": {"full", func(g *guest) {
 			command(g.t, "", "virsh", "-q", "blockresize", g.name, "vda", "20M")
 			g.io("vda", "write -P 78 17M 64k")
@@ -346,6 +366,48 @@ func TestSnapshotTrackingBeside(t *testing.T) {
 		g.io("vda", fmt.Sprintf("write -P %d %dk 64k", 100+round, 8192+round*64))
 	}
 	g.intact()
+}
+
+// TestSnapshotTrackingGivenUp goes over to bitmaps in the same chain, and back.
+func TestSnapshotTrackingGivenUp(t *testing.T) {
+	for _, state := range []string{"running", "off"} {
+		t.Run(state, func(t *testing.T) {
+			h, g := newHost(t), newPausedGuest(t, "qcow2:16M", "raw:8M")
+			g.io("vda", "write -P 1 0 4M")
+			h.backup(g, bySnapshot())
+			for i, c := range []struct {
+				o       dbus.BackupOptions
+				overlay bool
+				want    string
+			}{
+				{dbus.BackupOptions{}, false, "digest checkpoint-missing"},
+				{dbus.BackupOptions{}, false, "cbt"},
+				{bySnapshot(), true, "digest overlay-missing"},
+				{bySnapshot(), true, "snapshot"},
+			} {
+				g.io("vda", fmt.Sprintf("write -P %d %dM 64k", i+2, i))
+				g.io("vdb", fmt.Sprintf("write -P %d %dM 64k", i+2, i))
+				if state == "off" {
+					command(t, "", "virsh", "-q", "destroy", g.name)
+				}
+				want := g.snapshot()
+				b := h.backup(g, c.o)
+				if got := foundBy(b, "vda"); got != c.want {
+					t.Errorf("%d: vda is %s and not %s", i, got, c.want)
+				}
+				h.chainIsExact(b, want)
+				if c.overlay {
+					g.onlyOverlay(b.ID)
+				} else {
+					g.onlyOverlay("")
+				}
+				if state == "off" {
+					command(t, "", "virsh", "-q", "start", "--paused", g.name)
+				}
+			}
+			g.intact()
+		})
+	}
 }
 
 // TestSnapshotTrackingRestoredInPlace restores over disks that have overlays:

@@ -214,7 +214,7 @@ func (f facts) before() *chain.Last {
 	for _, i := range h.Tip.Images {
 		format := f.format(hypervisor.Disk{Target: i.Target, Format: i.Format})
 		last.Disks = append(last.Disks, chain.LastDisk{Target: i.Target, Source: i.Source, Backing: i.Backing, Format: format, Size: i.Size,
-			CBT: i.Tracking == chain.CBT, Run: i.Run, Node: i.Node, Overlay: f.made[i.Target]})
+			CBT: i.Tracking == chain.CBT, Run: i.Run, Node: i.Node, Overlaid: i.Tracking == chain.Snapshot, Overlay: f.made[i.Target]})
 	}
 	return last
 }

@@ -170,7 +170,7 @@ func overlaid() (Options, Domain, *Last) {
 	o.Tracking, d.Overlays, last.Checkpoint = Snapshot, true, ""
 	for i := range d.Disks {
 		d.Disks[i].Overlay = d.Disks[i].Source + ".b3"
-		d.Disks[i].Bitmap, last.Disks[i].CBT, last.Disks[i].Overlay = "", false, d.Disks[i].Overlay
+		d.Disks[i].Bitmap, last.Disks[i].CBT, last.Disks[i].Overlaid, last.Disks[i].Overlay = "", false, true, d.Disks[i].Overlay
 	}
 	return o, d, last
 }
@@ -206,6 +206,9 @@ func TestDecideDemotesByOverlay(t *testing.T) {
 			d.Overlay, d.Run, d.Node, l.Run, l.Node = "", "1", 5, "1", 3
 		}},
 		{OverlayMissing, true, Snapshot, func(_ *Options, _ *Domain, d *Disk, _ *LastDisk) { d.Overlay = "/d/b.qcow2.b2" }},
+		{CheckpointMissing, true, CBT, func(o *Options, _ *Domain, d *Disk, l *LastDisk) {
+			o.Tracking, d.Overlay, l.Overlay, d.Run, d.Node, l.Run, l.Node = CBT, "", "", "1", 5, "1", 3
+		}},
 		{OverlayMissing, true, Snapshot, func(_ *Options, _ *Domain, _ *Disk, l *LastDisk) { l.Overlay = "" }},
 		{OverlayMissing, true, Snapshot, func(_ *Options, _ *Domain, d *Disk, l *LastDisk) { d.Overlay, l.Overlay = "", "" }},
 		{OverlayUnsupported, true, Digest, func(_ *Options, d *Domain, _ *Disk, _ *LastDisk) { d.Overlays = false }},

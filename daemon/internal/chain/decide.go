@@ -73,9 +73,12 @@ type LastDisk struct {
 	Format  string
 	Size    uint64 // bytes
 	CBT     bool   // the checkpoint covers it
-	Overlay string // path of the overlay that the backup made; "" if it made none, or it is gone
-	Run     string // see Disk
-	Node    int
+	// Overlaid: the backup put an overlay on it, and Node is that one's. Overlay
+	// is its path; "" if it is gone.
+	Overlaid bool
+	Overlay  string
+	Run      string // see Disk
+	Node     int
 }
 
 // Verdict says what the next backup is.
@@ -251,8 +254,8 @@ func sameDisk(before LastDisk, now Disk) bool {
 	if before.Source != now.Source {
 		return slices.Contains(now.Backing, before.Source) || slices.Contains(before.Backing, now.Source)
 	}
-	if before.Overlay != "" && before.Overlay != now.Overlay {
-		return true // the node is the overlay's
+	if before.Overlaid && (before.Overlay == "" || before.Overlay != now.Overlay) {
+		return true // the node went with the overlay
 	}
 	// Opened anew in the same run, it was detached: nobody watched it meanwhile.
 	return now.Run == "" || now.Run != before.Run || now.Node == before.Node

@@ -159,6 +159,14 @@ func (k *Keeper) commit(ctx context.Context, d hypervisor.Domain, c commit, know
 		}
 	}
 	if !d.Active {
+		// The commit of another disk may have changed the definition.
+		now, err := k.Hypervisor.ByUUID(ctx, d.UUID)
+		if err != nil {
+			return err
+		}
+		if now.Active {
+			return fmt.Errorf("cannot commit %s: domain %q was started", c.layers[0].Path, d.Name)
+		}
 		return k.Lifecycle.OwnWork(ctx, d, []string{c.target}, func() error { return k.commitOff(ctx, d, c) })
 	}
 	err := k.Hypervisor.CommitLayer(ctx, d.UUID, hypervisor.LayerCommit{

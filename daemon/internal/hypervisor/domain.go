@@ -243,16 +243,14 @@ func definedAs(c *libvirt.Connect, d *libvirt.Domain) (Domain, error) {
 		return Domain{}, fmt.Errorf("cannot parse the domain's definition: %w", err)
 	}
 	out := Domain{XML: doc, Name: def.Name, UUID: def.UUID, Firmware: firmware(&def), TPM: tpm(&def)}
-	if def.ID != nil {
+	// Not by a call of its own: the domain may have been started since.
+	if out.Active = def.ID != nil; out.Active {
 		out.ID = *def.ID
 	}
 	if out.State, out.StateReason, err = state(d); err != nil {
 		return Domain{}, err
 	}
 	if out.Persistent, err = d.IsPersistent(); err != nil {
-		return Domain{}, err
-	}
-	if out.Active, err = d.IsActive(); err != nil {
 		return Domain{}, err
 	}
 	if def.Devices != nil {

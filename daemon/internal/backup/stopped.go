@@ -261,7 +261,7 @@ func followBacking(ctx context.Context, d hypervisor.Domain) error {
 		if err != nil {
 			return fmt.Errorf("cannot read disk %s of domain %q: %w", k.Target, d.Name, err)
 		}
-		if k.Encrypted && (len(layers) > 1 || layers[0].DataFile != "") {
+		if k.Encrypted && len(layers) > 1 {
 			return failure.Errorf(dbus.ErrUnsupported, "disk %s of domain %q is encrypted, and not in one file alone: only what is in one file can be backed up as it is", k.Target, d.Name)
 		}
 		for _, l := range layers[1:] {

@@ -211,11 +211,6 @@ func blockdev(layers []hypervisor.Layer, u *jobunit.Unit) (options, error) {
 		if l.Format == "qcow2" {
 			node["backing"] = below
 		}
-		if l.DataFile != "" {
-			if node["data-file"], err = fileNode(l.DataFile, u); err != nil {
-				return nil, err
-			}
-		}
 		below = node
 	}
 	if below == nil {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -59,7 +60,7 @@ func offlineBitmaps(ctx context.Context, dom Domain, name string) (map[string]bo
 }
 
 func (k Disk) canCarryBitmap() bool {
-	return k.Format == "qcow2" && k.Device == blockDeviceDisk && k.Source != ""
+	return k.Format == "qcow2" && k.Device == blockDeviceDisk && filepath.IsAbs(k.Source)
 }
 
 // AddBitmap adds the bitmap of a new checkpoint to the image of a stopped

@@ -11,10 +11,9 @@ import (
 
 // Layer is one image of the backing chain of a stopped domain's disk.
 type Layer struct {
-	Path     string
-	Format   string
-	DataFile string // path of an external data file; "" for none
-	bitmaps  []imageBitmap
+	Path    string
+	Format  string
+	bitmaps []imageBitmap
 }
 
 func (l Layer) bitmap(name string) (imageBitmap, bool) {
@@ -39,9 +38,11 @@ var protocol = regexp.MustCompile("^[^/]*:")
 // Layers follows the backing chain of a stopped domain's disk by the headers of
 // its images, the top first. No format is ever guessed: that of the top one is
 // the definition's, those below are what the header above says. ErrLayer: it does
-// not say, or the layer is no file or block device of this host.
+// not say, or the layer is no file or block device of this host, or its data is
+// in another file: libvirt gives QEMU no right to read that, and we, who may read
+// any, must not do for whoever made the image what QEMU could not.
 func Layers(ctx context.Context, k Disk) ([]Layer, error) {
-	if k.Source == "" {
+	if !filepath.IsAbs(k.Source) { // to QEMU's tools all else might name a protocol
 		return nil, fmt.Errorf("disk %s is on no path of this host: %w", k.Target, ErrLayer)
 	}
 	path, format := k.Source, k.Format
@@ -54,14 +55,10 @@ func Layers(ctx context.Context, k Disk) ([]Layer, error) {
 		if err != nil {
 			return nil, err
 		}
-		data := l.Specific.Data.DataFile
-		if data != "" && !filepath.IsAbs(data) {
-			data = filepath.Join(filepath.Dir(path), data)
-		}
-		all = append(all, Layer{Path: path, Format: format, DataFile: data, bitmaps: l.Specific.Data.Bitmaps})
+		all = append(all, Layer{Path: path, Format: format, bitmaps: l.Specific.Data.Bitmaps})
 		switch {
-		case protocol.MatchString(l.Specific.Data.DataFile):
-			return nil, fmt.Errorf("the data of %s is in %q, which is no path: %w", path, l.Specific.Data.DataFile, ErrLayer)
+		case l.Specific.Data.DataFile != "":
+			return nil, fmt.Errorf("the data of %s is in another file, %q: %w", path, l.Specific.Data.DataFile, ErrLayer)
 		case l.Backing == "":
 			return all, nil
 		case protocol.MatchString(l.Backing) || protocol.MatchString(l.FullBacking):

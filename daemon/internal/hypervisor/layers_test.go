@@ -28,17 +28,15 @@ func TestLayers(t *testing.T) {
 	qemu(t, d, "create", "-q", "-f", "raw", "raw", "1M")
 	qemu(t, d, "create", "-q", "-f", "qcow2", "-b", "raw", "-F", "raw", "base")
 	qemu(t, d, "create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", "top")
-	qemu(t, d, "create", "-q", "-f", "qcow2", "-o", "data_file=data", "external", "1M")
 	// A guest may have written a header onto its raw disk.
 	qemu(t, d, "create", "-q", "-f", "qcow2", "-b", "/etc/shadow", "-F", "raw", "-u", "forged", "1M")
 	qemu(t, d, "create", "-q", "-f", "qcow2", "-b", "forged", "-F", "raw", "victim")
 	path := func(name string) string { return filepath.Join(d, name) }
 	for name, want := range map[string][]Layer{
-		"raw":      {{Path: path("raw"), Format: "raw"}},
-		"top":      {{Path: path("top"), Format: "qcow2"}, {Path: path("base"), Format: "qcow2"}, {Path: path("raw"), Format: "raw"}},
-		"external": {{Path: path("external"), Format: "qcow2", DataFile: path("data")}},
-		"forged":   {{Path: path("forged"), Format: "raw"}},
-		"victim":   {{Path: path("victim"), Format: "qcow2"}, {Path: path("forged"), Format: "raw"}},
+		"raw":    {{Path: path("raw"), Format: "raw"}},
+		"top":    {{Path: path("top"), Format: "qcow2"}, {Path: path("base"), Format: "qcow2"}, {Path: path("raw"), Format: "raw"}},
+		"forged": {{Path: path("forged"), Format: "raw"}},
+		"victim": {{Path: path("victim"), Format: "qcow2"}, {Path: path("forged"), Format: "raw"}},
 	} {
 		format := want[0].Format
 		got, err := Layers(t.Context(), Disk{Target: "vda", Device: "disk", Source: path(name), Format: format})
@@ -59,14 +57,18 @@ func TestLayersThatAreRefused(t *testing.T) {
 	// The extension that names the format becomes one that nobody knows.
 	header = bytes.Replace(header, []byte{0xe2, 0x79, 0x2a, 0xca}, []byte("none"), 1)
 	noError(t, os.WriteFile(filepath.Join(d, "unsaid"), header, 0o600))
-	for _, name := range []string{"network", "json", "unsaid"} {
+	qemu(t, d, "create", "-q", "-f", "qcow2", "-o", "data_file=base,data_file_raw=on", "external", "1M")
+	qemu(t, d, "create", "-q", "-f", "qcow2", "-b", "external", "-F", "qcow2", "above")
+	for _, name := range []string{"network", "json", "unsaid", "external", "above"} {
 		got, err := Layers(t.Context(), Disk{Target: "vda", Device: "disk", Source: filepath.Join(d, name), Format: "qcow2"})
 		if !errors.Is(err, ErrLayer) {
 			t.Errorf("%s: %v, %+v", name, err, got)
 		}
 	}
-	if _, err := Layers(t.Context(), Disk{Target: "vda", Device: "disk"}); !errors.Is(err, ErrLayer) {
-		t.Errorf("no path: %v", err)
+	for _, source := range []string{"", "nbd:127.0.0.1:1", `json:{"driver":"file","filename":"/etc/shadow"}`} {
+		if _, err := Layers(t.Context(), Disk{Target: "vda", Device: "disk", Source: source, Format: "qcow2"}); !errors.Is(err, ErrLayer) {
+			t.Errorf("%q: %v", source, err)
+		}
 	}
 }
 

@@ -221,8 +221,10 @@ func look(path, format string) (Layer, below, error) {
 	if !filepath.IsAbs(path) {
 		return unreadable(path, errors.New("it is no absolute path")), below{}, nil
 	}
-	var st unix.Stat_t
-	switch err := unix.Stat(path, &st); {
+	// Of a share, what its server says now, and not what was kept of what it said
+	// up to a minute ago: another host may have changed the file since.
+	var st unix.Statx_t
+	switch err := unix.Statx(unix.AT_FDCWD, path, unix.AT_STATX_FORCE_SYNC, unix.STATX_BASIC_STATS, &st); {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENOTDIR):
 		return Layer{Path: path, Kind: KindMissing}, below{}, nil
 	case err != nil:
@@ -243,22 +245,23 @@ func look(path, format string) (Layer, below, error) {
 	if err := unix.Fstat(int(f.Fd()), &opened); err != nil {
 		return layer, below{}, err
 	}
-	if opened.Dev != st.Dev || opened.Ino != st.Ino {
+	if opened.Dev != unix.Mkdev(st.Dev_major, st.Dev_minor) || opened.Ino != st.Ino {
 		return layer, below{}, errors.New("it was replaced while it was looked at")
 	}
 	b, err := readHeader(f)
 	return layer, b, err
 }
 
-func of(path string, st *unix.Stat_t) Layer {
+func of(path string, st *unix.Statx_t) Layer {
+	nano := func(t unix.StatxTimestamp) int64 { return t.Sec*int64(time.Second) + int64(t.Nsec) }
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
 		return Layer{
-			Path: path, Kind: KindFile, Device: st.Dev, Inode: st.Ino, Size: st.Size,
-			Modified: st.Mtim.Nano(), Changed: st.Ctim.Nano(),
+			Path: path, Kind: KindFile, Device: unix.Mkdev(st.Dev_major, st.Dev_minor), Inode: st.Ino, Size: int64(st.Size),
+			Modified: nano(st.Mtime), Changed: nano(st.Ctime),
 		}
 	case unix.S_IFBLK:
-		return block(path, st.Rdev)
+		return block(path, unix.Mkdev(st.Rdev_major, st.Rdev_minor))
 	}
 	return unreadable(path, errors.New("it is neither a file nor a block device"))
 }

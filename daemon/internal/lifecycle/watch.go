@@ -94,11 +94,7 @@ func (k *Keeper) catchUp(ctx context.Context, all bool, happened map[string]bool
 		if !all && !happened[one.UUID] {
 			continue
 		}
-		d, err := k.Domains.ByUUID(ctx, one.UUID)
-		if err == nil {
-			_, _, err = k.Observe(ctx, d)
-		}
-		if err != nil && !errors.Is(err, hypervisor.ErrNoDomain) {
+		if err := k.lookAt(ctx, one.UUID); err != nil && !errors.Is(err, hypervisor.ErrNoDomain) {
 			failed = append(failed, err)
 		}
 	}
@@ -106,6 +102,18 @@ func (k *Keeper) catchUp(ctx context.Context, all bool, happened map[string]bool
 		failed = append(failed, k.forgetGone(ctx))
 	}
 	return errors.Join(failed...)
+}
+
+// lookAt looks at a domain while nobody works on its images: seen before that
+// and compared after it, they would be those of before.
+func (k *Keeper) lookAt(ctx context.Context, uuid string) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	d, err := k.Domains.ByUUID(ctx, uuid)
+	if err == nil {
+		_, err = k.observe(ctx, d)
+	}
+	return err
 }
 
 // forgetGone forgets domains that libvirt does not have any more, and of which

@@ -8,6 +8,7 @@ import (
 	"sort"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	godbus "github.com/godbus/dbus/v5"
 )
@@ -44,7 +45,7 @@ func fields(v reflect.Value) []field {
 func EncodeRecord(record any) map[string]godbus.Variant {
 	out := make(map[string]godbus.Variant)
 	for _, f := range fields(reflect.Indirect(reflect.ValueOf(record))) {
-		out[f.key] = godbus.MakeVariant(encodeValue(f.value))
+		out[f.key] = godbus.MakeVariant(sendable(encodeValue(f.value)))
 	}
 	return out
 }
@@ -89,6 +90,26 @@ func encodeValue(v reflect.Value) any {
 	default:
 		return v.Interface()
 	}
+}
+
+// sendable makes texts such as the bus takes; other values stay.
+func sendable(value any) any {
+	switch x := value.(type) {
+	case string:
+		return text(x)
+	case []string: // made by encodeValue, and ours
+		for i := range x {
+			x[i] = text(x[i])
+		}
+	}
+	return value
+}
+
+// text is a string in UTF-8 without a zero byte. Names of files, which details
+// and errors may hold, are any bytes.
+func text(s string) string {
+	const unknown = string(utf8.RuneError)
+	return strings.ReplaceAll(strings.ToValidUTF8(s, unknown), "\x00", unknown)
 }
 
 // DecodeOptions reads options into the struct that o points to. It is strict:

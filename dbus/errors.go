@@ -75,8 +75,9 @@ func (e *Error) Is(target error) bool {
 	return ok && name == e.Name
 }
 
-// DBusError is how godbus asks for the name and body of an error reply.
-func (e *Error) DBusError() (string, []any) { return string(e.Name), []any{e.Message} }
+// DBusError is how godbus asks for the name and body of an error reply. One
+// that it cannot send would leave the caller waiting for ever.
+func (e *Error) DBusError() (string, []any) { return string(e.Name), []any{text(e.Message)} }
 
 // ToError returns the error to send for err: the name is that of the first
 // Error or ErrorName in its tree, the message is err's own. What has no name

@@ -69,21 +69,22 @@ type Skipped struct{ Target, Why string }
 
 // facts are what a Plan is made from.
 type facts struct {
-	request    Request
-	backup     string // id
-	checkpoint string // a fresh name
-	domain     hypervisor.Domain
-	definition string // the domain's, as XML
-	repository catalog.Repository
-	last       *catalog.Head      // nil: the domain has no chain in the repository
-	bitmaps    map[string]bool    // target → usable, of the last one's checkpoint
-	oldQcow2   map[string]bool    // targets whose qcow2 is of version 2, which has no place for bitmaps
-	boot       string             // id of the host's
-	mark       int64              // number of the newest mark
-	marks      []catalog.Mark     // the newest of each disk
-	offline    error              // why the disks of a stopped domain cannot be read
-	stacked    map[string]stacked // by target; nil if overlays have nothing to do with it
-	made       map[string]string  // target → path of the overlay that the last backup made
+	request     Request
+	backup      string // id
+	checkpoint  string // a fresh name
+	domain      hypervisor.Domain
+	definition  string // the domain's, as XML
+	repository  catalog.Repository
+	last        *catalog.Head      // nil: the domain has no chain in the repository
+	bitmaps     map[string]bool    // target → usable, of the last one's checkpoint
+	oldQcow2    map[string]bool    // targets whose qcow2 is of version 2, which has no place for bitmaps
+	snapshotted bool               // an image has internal snapshots, which libvirt may not know
+	boot        string             // id of the host's
+	mark        int64              // number of the newest mark
+	marks       []catalog.Mark     // the newest of each disk
+	offline     error              // why the disks of a stopped domain cannot be read
+	stacked     map[string]stacked // by target; nil if overlays have nothing to do with it
+	made        map[string]string  // target → path of the overlay that the last backup made
 }
 
 // newPlan decides what the backup is, or why there can be none.
@@ -150,7 +151,7 @@ func (f facts) options() chain.Options {
 }
 
 func (f facts) now(disks []hypervisor.Disk) chain.Domain {
-	d := chain.Domain{InternalSnapshots: f.domain.HasInternalSnapshots(), Overlays: f.bear(disks)}
+	d := chain.Domain{InternalSnapshots: f.domain.HasInternalSnapshots() || f.snapshotted, Overlays: f.bear(disks)}
 	for _, k := range disks {
 		own := f.own(k)
 		k.Source, k.Format, k.Backing = own.Source, own.Format, own.Backing

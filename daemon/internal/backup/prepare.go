@@ -70,7 +70,7 @@ func (r *run) gather(ctx context.Context) (f facts, err error) {
 		return f, err
 	}
 	f.domain = withoutMissing(f.domain)
-	f.oldQcow2 = oldQcow2(f.domain)
+	f.readHeaders()
 	if !f.domain.Active {
 		f.offline = followBacking(ctx, f.domain)
 	}
@@ -154,32 +154,39 @@ func (r *run) bitmaps(ctx context.Context, d hypervisor.Domain, c catalog.Checkp
 	return usable, nil
 }
 
-// oldQcow2 finds the qcow2 images of version 2 by their headers (QEMU
-// docs/interop/qcow2.txt, "Header"). What cannot be read is left to QEMU.
-func oldQcow2(d hypervisor.Domain) map[string]bool {
-	old := map[string]bool{}
-	for _, k := range d.Disks {
-		if k.Format != "qcow2" || k.Source == "" {
+// readHeaders finds the qcow2 images of version 2, and internal snapshots that
+// libvirt does not know (any more), by the headers of the images. What cannot be
+// read is left to QEMU.
+func (f *facts) readHeaders() {
+	f.oldQcow2 = map[string]bool{}
+	for _, k := range f.domain.Disks {
+		if k.Format != "qcow2" || k.Source == "" || Skip(k) != "" {
 			continue
 		}
-		if version, err := qcow2Version(k.Source); err == nil && version < 3 {
-			old[k.Target] = true
+		version, snapshots, err := qcow2Header(k.Source)
+		if err != nil {
+			continue
 		}
+		if version < 3 {
+			f.oldQcow2[k.Target] = true
+		}
+		f.snapshotted = f.snapshotted || snapshots > 0
 	}
-	return old
 }
 
-func qcow2Version(path string) (uint32, error) {
+// qcow2Header reads the version and the number of internal snapshots in the
+// header of an image (QEMU docs/interop/qcow2.txt, "Header").
+func qcow2Header(path string) (version, snapshots uint32, err error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	defer f.Close()
-	var header [8]byte
+	var header [64]byte
 	if _, err := f.ReadAt(header[:], 0); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	return binary.BigEndian.Uint32(header[4:]), nil
+	return binary.BigEndian.Uint32(header[4:]), binary.BigEndian.Uint32(header[60:]), nil
 }
 
 // tell writes into the job's log what people should know of the plan.

@@ -38,14 +38,17 @@ func TestMakeImage(t *testing.T) {
 	}
 }
 
-func TestQcow2Version(t *testing.T) {
-	for version, compat := range map[uint32]string{2: "0.10", 3: "1.1"} {
+func TestQcow2Header(t *testing.T) {
+	for want, compat := range map[uint32]string{2: "0.10", 3: "1.1"} {
 		path := filepath.Join(t.TempDir(), "image")
-		if out, err := exec.CommandContext(t.Context(), "qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat="+compat, path, "1M").CombinedOutput(); err != nil {
-			t.Fatalf("%v: %s", err, out)
-		}
-		if got, err := qcow2Version(path); err != nil || got != version {
-			t.Errorf("version of compat=%s is %d (%v)", compat, got, err)
+		for i, args := range [][]string{{"create", "-q", "-f", "qcow2", "-o", "compat=" + compat, path, "1M"}, {"snapshot", "-c", "one", path}, {"snapshot", "-d", "one", path}} {
+			if out, err := exec.CommandContext(t.Context(), "qemu-img", args...).CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			version, snapshots, err := qcow2Header(path)
+			if err != nil || version != want || snapshots != uint32(i%2) {
+				t.Errorf("compat=%s, after %s: version %d, %d snapshots (%v)", compat, args[0], version, snapshots, err)
+			}
 		}
 	}
 }

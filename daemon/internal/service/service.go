@@ -140,12 +140,18 @@ func (s *Service) Reload(ctx context.Context, caller bus.Caller) error {
 	return nil
 }
 
+// notifyLimit is longer than a hook waits. What is not taken over then, because
+// own work is at a domain for as long as its storage takes, is later.
+const notifyLimit = 5 * time.Second
+
 // NotifyHook takes over what the libvirt hook has recorded.
 func (s *Service) NotifyHook(ctx context.Context) error {
 	if s.Lifecycle == nil {
 		return dbus.Errorf(dbus.ErrUnavailable, "this daemon does not watch what happens to domains")
 	}
 	s.notifier.Changed(dbus.Ref{Kind: dbus.KindManager})
+	ctx, cancel := context.WithTimeout(ctx, notifyLimit)
+	defer cancel()
 	return s.Lifecycle.Replay(ctx)
 }
 

@@ -183,7 +183,7 @@ func (w *walk) backup(repository int) {
 	var verdicts []string
 	for _, d := range b.Disks {
 		verdicts = append(verdicts, d.Target+": "+verdictOf(d))
-		w.walkFigures.backups[verdictOf(d)]++
+		w.backups[verdictOf(d)]++
 	}
 	w.note("  is %s: %v", b.ID, verdicts)
 	w.read, w.stored = w.read+b.ReadBytes, w.stored+b.StoredBytes
@@ -205,15 +205,15 @@ func (w *walk) backup(repository int) {
 
 // removeAll makes room in the repository.
 func (c *watched) removeAll() {
-	c.host.t.Helper()
+	c.t.Helper()
 	chains := map[string]bool{}
 	for _, b := range c.backups {
 		chains[b.Chain] = true
 	}
 	for id := range chains {
-		_, job, err := c.DeleteChain(c.host.t.Context(), id, dbus.DeleteChainOptions{})
+		_, job, err := c.DeleteChain(c.t.Context(), id, dbus.DeleteChainOptions{})
 		if err = c.outcome(job, err); err != nil {
-			c.host.t.Errorf("cannot delete chain %s: %v", id, err)
+			c.t.Errorf("cannot delete chain %s: %v", id, err)
 		}
 	}
 }

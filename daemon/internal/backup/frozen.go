@@ -53,7 +53,7 @@ func (r frozen) prepare(context.Context) error {
 
 func (r frozen) begin(ctx context.Context) error {
 	r.Point = transfer.Go{Created: time.Now().UnixMicro(), Consistency: string(quiesce.Crash), Thawed: true}
-	running := live{r.run}
+	running := live(r)
 	switch {
 	case r.Plan.Run == "":
 		r.Point.Consistency = repository.ConsistencyOff
@@ -232,7 +232,7 @@ func (r frozen) begun(ctx context.Context) (bool, error) {
 }
 
 func (r frozen) rejoin(ctx context.Context) error {
-	if r.Plan.Run != "" && (live{r.run}).quiesces() && r.Plan.QuiescePolicy != string(quiesce.Prefer) {
+	if r.Plan.Run != "" && live(r).quiesces() && r.Plan.QuiescePolicy != string(quiesce.Prefer) {
 		return failure.Errorf(dbus.ErrFailed, "cannot quiesce domain %q (%s) as is required: %s: start the backup again",
 			r.Plan.DomainName, r.Plan.Quiesce, r.Point.Shortfall)
 	}

@@ -393,7 +393,7 @@ func TestSnapshotTrackingGivenUp(t *testing.T) {
 				want := g.snapshot()
 				b := h.backup(g, c.o)
 				if got := foundBy(b, "vda"); got != c.want {
-					t.Errorf("%d: vda is %s and not %s", i, got, c.want)
+					t.Errorf("%d: vda is %s and not %s\n%s", i, got, c.want, command(t, "", "virtbackupctl", "domain", "show", g.name))
 				}
 				h.chainIsExact(b, want)
 				if c.overlay {

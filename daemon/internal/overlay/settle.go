@@ -167,7 +167,7 @@ func (k *Keeper) commit(ctx context.Context, d hypervisor.Domain, c commit, know
 		if now.Active {
 			return fmt.Errorf("cannot commit %s: domain %q was started", c.layers[0].Path, d.Name)
 		}
-		return k.Lifecycle.OwnWork(ctx, d, []string{c.target}, func() error { return k.commitOff(ctx, d, c) })
+		return k.Lifecycle.OwnWork(ctx, now, []string{c.target}, func() error { return k.commitOff(ctx, now, c) })
 	}
 	err := k.Hypervisor.CommitLayer(ctx, d.UUID, hypervisor.LayerCommit{
 		Target: c.target, Top: c.layers[0].Path, Base: c.base.Path, Active: c.above == nil,

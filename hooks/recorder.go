@@ -75,7 +75,9 @@ func (c call) record(ctx context.Context, stdin io.Reader) error {
 	}
 	_, written := spool.Write(ctx, c.directory, r)
 	if r.Operation == "prepare" && err == nil {
-		err = makeRevertible(ctx, text)
+		limited, cancel := context.WithTimeout(ctx, c.deadline-reserve-monotonic())
+		defer cancel()
+		err = makeRevertible(limited, text)
 	}
 	return errors.Join(err, written)
 }

@@ -29,7 +29,8 @@ const bitmapPrefix = "virtbackup-"
 // could must not notice. A revert starts QEMU anew, and nobody has the images
 // open at that moment but us.
 //
-// What is begun is not interrupted: qemu-img, killed while it writes, would
+// Nothing is begun after ctx has ended, as libvirt may have started QEMU by
+// then. What is begun is not interrupted: qemu-img, killed while it writes, would
 // leave the bitmaps of others in use.
 func makeRevertible(ctx context.Context, definition []byte) error {
 	sources, err := fingerprint.Sources(definition)
@@ -90,6 +91,9 @@ func removeBitmaps(ctx context.Context, path string) error {
 	for _, b := range info.Specific.Data.Bitmaps {
 		if !strings.HasPrefix(b.Name, bitmapPrefix) {
 			continue
+		}
+		if ctx.Err() != nil {
+			return errors.Join(append(failed, fmt.Errorf("cannot remove bitmap %s from %s in time: %w", b.Name, path, context.Cause(ctx)))...)
 		}
 		out, err := exec.CommandContext(context.WithoutCancel(ctx), "qemu-img", "bitmap", "--remove", "-f", "qcow2", path, b.Name).CombinedOutput()
 		if err != nil {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"os/exec"
 	"path/filepath"
@@ -44,6 +45,11 @@ func TestMakeRevertible(t *testing.T) {
 		}
 	}
 	qemuImg("snapshot", "-c", "before", with)
+	late, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := makeRevertible(late, []byte(definition.String())); err == nil || !strings.Contains(qemuImg("info", with), "virtbackup-2") {
+		t.Errorf("it begins when libvirt does not wait any more: %v", err)
+	}
 	if err := makeRevertible(t.Context(), []byte(definition.String())); err != nil {
 		t.Fatal(err)
 	}

@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/oklog/ulid/v2"
@@ -154,9 +155,9 @@ type run struct {
 	job *job.Handle
 	stepData
 	remembered bool // the checkpoint's definition is in the catalog
-	// events are those since before a stopped domain's point in time; nil when
-	// the daemon was restarted since.
-	events <-chan hypervisor.Event
+	// heard tells whether something was heard of a stopped domain since before
+	// its point in time; nil when the daemon was restarted since.
+	heard *atomic.Bool
 }
 
 // load reads how far the job has come.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
@@ -44,8 +45,7 @@ func (r stopped) begun(ctx context.Context) (bool, error) { return false, r.end(
 func (r stopped) rejoin(ctx context.Context) error { return r.begin(ctx) }
 
 func (r stopped) begin(ctx context.Context) error {
-	// Before the look at the domain: no start is missed.
-	r.events = r.Hypervisor.Subscribe(ctx)
+	r.listen(ctx) // before the look at the domain: no start is missed
 	r.Point = transfer.Go{Created: time.Now().UnixMicro(), Consistency: repository.ConsistencyOff, Thawed: true}
 	if r.Plan.Saved {
 		r.Point.Consistency = repository.ConsistencyCrash
@@ -212,23 +212,25 @@ func (r stopped) confirm(ctx context.Context) error {
 	return nil
 }
 
+// listen notes from now on whether libvirt tells of anything that the domain
+// does. Events are taken as they come: a copy may take longer than it takes
+// other domains to fill a queue.
+func (r stopped) listen(ctx context.Context) {
+	events, heard := r.Hypervisor.Subscribe(ctx), new(atomic.Bool)
+	r.heard = heard
+	go func() {
+		for e := range events {
+			if e.Kind == hypervisor.EventMissed || e.UUID == r.Plan.Domain && e.Kind == hypervisor.EventLifecycle {
+				heard.Store(true)
+			}
+		}
+		heard.Store(true) // there is nobody to tell any more
+	}()
+}
+
 // quiet tells whether libvirt told of nothing that the domain did since before
 // the point in time.
-func (r stopped) quiet() bool {
-	if r.events == nil {
-		return false
-	}
-	for {
-		select {
-		case e, open := <-r.events:
-			if !open || e.Kind == hypervisor.EventMissed || e.UUID == r.Plan.Domain && e.Kind == hypervisor.EventLifecycle {
-				return false
-			}
-		default:
-			return true
-		}
-	}
-}
+func (r stopped) quiet() bool { return r.heard != nil && !r.heard.Load() }
 
 func (r stopped) lost(ctx context.Context, cause error) error {
 	if ctx.Err() != nil {

@@ -232,8 +232,8 @@ func TestSnapshotTrackingOfAdmins(t *testing.T) {
 	}
 }
 
-// TestSnapshotTrackingFails fills the storage of the disks, and ends backups at
-// each step: the disks stay whole, and what changed is in the next one.
+// TestSnapshotTrackingFails has backups come to nothing: the disks stay whole,
+// and what changed is in the next one.
 func TestSnapshotTrackingFails(t *testing.T) {
 	h := newHost(t)
 	g := newPausedGuest(t, "qcow2:16M", "raw:8M")
@@ -257,7 +257,7 @@ func TestSnapshotTrackingFails(t *testing.T) {
 		g.onlyOverlay(tip.ID)
 		h.nothingLeft(g)
 	})
-	t.Run("a file is in the way", func(t *testing.T) {
+	t.Run("it is cancelled", func(t *testing.T) {
 		h.t, g.t = t, t
 		job := h.start(g, bySnapshot())
 		if err := h.CancelJob(t.Context(), job); err != nil && !errors.Is(err, dbus.ErrNotFound) {

@@ -10,8 +10,13 @@
 // An overlay holds what the guest wrote last, so an overlay that is in no chain
 // of its domain is removed only if we committed it, or nothing is in it. It is
 // left where it is while libvirt knows snapshots of the domain, whose
-// definitions name it, when it has internal snapshots in it, and when another
-// domain uses it or the image below it.
+// definitions name it, when it has internal snapshots in it, when another domain
+// uses it or the image below it, and while the domain is saved.
+//
+// A domain that is defined from a file that names the image below, and not the
+// overlay, starts without what is in the overlay. That is what tracking by
+// snapshot asks of an admin: to define from what virsh dumpxml tells, or to
+// finish the chain first.
 package overlay
 
 import (

@@ -147,7 +147,7 @@ var rows = []row{
 	{does: "edited by qemu-io", settings: byOverlay, says: "tracking snapshot", running: changed, off: changed, others: overlay},
 	{does: externalSnapshot, settings: byOverlay, says: "tracking snapshot", running: "digest overlay-missing", off: "digest overlay-missing", others: overlay},
 	{does: "blockcommit --pivot", settings: byOverlay, says: "tracking snapshot", running: "digest overlay-missing", off: "digest overlay-missing", others: overlay},
-	{does: "blockpull", settings: byOverlay, says: "tracking snapshot", running: "digest overlay-missing", off: "digest overlay-missing", others: overlay},
+	{does: "blockpull", settings: byOverlay, says: "tracking snapshot", running: replaced, off: replaced, others: overlay},
 	{does: "overlay dropped", settings: byOverlay, says: "tracking snapshot", running: replaced, off: replaced, others: overlay},
 }
 
@@ -211,6 +211,11 @@ increment *by comparison*, for which all of the disk was read and what differs f
 "Beneath qcow2" is what a program does that does not know of bitmaps. For a loss of power QEMU, libvirtd and virtbackupd are killed at
 once, what libvirt keeps in /run is removed, and the host has another boot id when they come back; what the kernel had not written is
 not lost.
+
+While a domain has an internal snapshot its disks carry no bitmap, with which QEMU would not revert to it. They are removed when
+virtbackupd sees the snapshot, and before QEMU is started for a revert. One case is left: of a domain that is off, libvirt has
+qemu-img revert at once and asks nobody; a script that makes a snapshot and reverts to it within some 100 ms may be refused, and has
+to do it again.
 
 | Done to the disk | Domain before | Domain at the next backup | Image | Cause | Read, KiB | Stored, KiB | Other disks |
 | --- | --- | --- | --- | --- | ---: | ---: | --- |

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
@@ -232,24 +234,71 @@ func (k *Keeper) usedByOthers(ctx context.Context, uuid string, affected []strin
 	if err != nil {
 		return err
 	}
+	var changed []inode
+	for _, path := range affected {
+		var st unix.Stat_t
+		if err := unix.Stat(path, &st); err != nil {
+			return fmt.Errorf("cannot look at %s: %w", path, err)
+		}
+		changed = append(changed, inode{st.Dev, st.Ino})
+	}
 	for _, d := range all {
 		if d.UUID == uuid {
 			continue
 		}
-		for _, disk := range d.Disks {
-			paths := append([]string{disk.Source}, disk.Backing...)
-			if !d.Active && disk.Source != "" && disk.Format == "qcow2" {
-				seen := fingerprint.Take(ctx, fingerprint.Source{Target: disk.Target, Type: disk.SourceType, Path: disk.Source, Format: disk.Format})
-				for _, l := range seen.Layers {
-					paths = append(paths, l.Path)
-				}
-			}
-			if i := slices.IndexFunc(affected, func(path string) bool { return slices.Contains(paths, path) }); i >= 0 {
-				return fmt.Errorf("disk %s of domain %q is based on %s: %w", disk.Target, d.Name, affected[i], ErrHeld)
+		used, err := layersOf(ctx, d)
+		if err != nil {
+			return err
+		}
+		for i, path := range affected {
+			if slices.Contains(used.paths, path) || slices.Contains(used.files, changed[i]) {
+				return fmt.Errorf("a disk of domain %q is based on %s: %w", d.Name, path, ErrHeld)
 			}
 		}
 	}
 	return nil
+}
+
+// inode names a file, whatever path leads to it.
+type inode struct{ device, number uint64 }
+
+// layers are those of a domain's disks. Files are known of a domain that is off;
+// one that runs has what it uses locked.
+type layers struct {
+	paths []string
+	files []inode
+}
+
+// lookLimit bounds how long the storage of another domain may take to answer.
+const lookLimit = 10 * time.Second
+
+// layersOf looks at all layers of a domain's disks. The error is ErrHeld when
+// its storage does not answer, and nobody can tell.
+func layersOf(ctx context.Context, d hypervisor.Domain) (used layers, err error) {
+	for _, k := range d.Disks {
+		used.paths = append(append(used.paths, k.Source), k.Backing...)
+	}
+	if d.Active {
+		return used, nil
+	}
+	sources, err := fingerprint.Sources([]byte(d.XML))
+	if err != nil {
+		return used, fmt.Errorf("domain %q: %w", d.Name, err)
+	}
+	limited, cancel := context.WithTimeout(ctx, lookLimit)
+	defer cancel()
+	for _, s := range sources {
+		for _, l := range fingerprint.Take(limited, s).Layers {
+			used.paths = append(used.paths, l.Path)
+			if l.Kind == fingerprint.KindFile {
+				used.files = append(used.files, inode{l.Device, l.Inode})
+			}
+		}
+	}
+	if limited.Err() != nil {
+		return used, fmt.Errorf("the storage of domain %q does not answer, and its disks may be based on the same layers: %w", d.Name, ErrHeld)
+	}
+	return used, nil
 }
 
 // commitOff commits layers of a domain that is off. Each step leaves a chain
@@ -311,7 +360,8 @@ func (k *Keeper) collect(ctx context.Context, uuid string) error {
 		if named := strings.Contains(stored, "'"+o.Path+"'"); named && d.Active {
 			continue // the domain will have it at its next start
 		} else if named {
-			if err := k.forgetBelow(ctx, d, stacks[o.Target], o); err != nil {
+			err := k.Lifecycle.OwnWork(ctx, d, []string{o.Target}, func() error { return k.forgetBelow(ctx, d, stacks[o.Target], o) })
+			if err != nil {
 				failed = append(failed, err)
 				continue
 			}

@@ -108,7 +108,7 @@ func TestEveryOperationIsRecorded(t *testing.T) {
 	xml := fmt.Sprintf(definition, diskXML("vda", "raw", disk))
 	operations := []string{"prepare", "start", "started", "stopped", "release", "migrate", "restore", "reconnect", "attach", "of-the-future"}
 	for _, o := range operations {
-		c := call{directory: directory, libvirt: process(os.Getpid()), deadline: monotonic() + time.Hour, args: []string{"web", o, "begin", "-"}}
+		c := call{directory: directory, libvirt: spool.Process(os.Getpid()), deadline: monotonic() + time.Hour, args: []string{"web", o, "begin", "-"}}
 		c, err := decode(c.encode())
 		if err == nil {
 			err = c.record(t.Context(), strings.NewReader(xml))
@@ -133,7 +133,7 @@ func TestEveryOperationIsRecorded(t *testing.T) {
 		}
 		before, r.Time = r.Time, 0
 		want := spool.Record{
-			Version: spool.Version, Boot: strings.TrimSpace(string(boot)), Libvirt: process(os.Getpid()), Domain: uuid, Name: "web",
+			Version: spool.Version, Boot: strings.TrimSpace(string(boot)), Libvirt: spool.Process(os.Getpid()), Domain: uuid, Name: "web",
 			DomainID: 7, Operation: operations[i], SubOperation: "begin", Extra: "-", XML: xml,
 		}
 		if o := operations[i]; o == "prepare" || o == "release" {
@@ -152,7 +152,7 @@ func TestLibvirtIsWhoCalls(t *testing.T) {
 		t.Error(complaint)
 	}
 	r := eventually(t, func() ([]spool.Entry, bool) { all := entries(t, directory); return all, len(all) > 0 })[0].Record
-	if pid, start, _ := strings.Cut(r.Libvirt, "@"); pid != fmt.Sprint(os.Getpid()) || start == "" || r.Libvirt != process(os.Getpid()) {
+	if pid, start, _ := strings.Cut(r.Libvirt, "@"); pid != fmt.Sprint(os.Getpid()) || start == "" || r.Libvirt != spool.Process(os.Getpid()) {
 		t.Errorf("libvirt is %q", r.Libvirt)
 	}
 	if got := fmt.Sprint(r.Name, " ", r.Operation, " ", r.SubOperation, " ", r.Extra); got != "web reconnect begin extra" {

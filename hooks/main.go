@@ -11,13 +11,13 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"os/signal"
 	"strconv"
-	"strings"
 	"syscall"
 	"time"
 
@@ -57,7 +57,10 @@ func hook(args []string, directory string) {
 		fmt.Fprintln(os.Stderr, "virtbackup-hook: libvirt calls this program, with the name of a domain and an operation")
 		return
 	}
-	call := call{directory: directory, libvirt: process(os.Getppid()), deadline: monotonic() + limit, args: args[1:]}
+	parent := os.Getppid()
+	// Another one's id is all that is left of one that is gone.
+	libvirt := cmp.Or(spool.Process(parent), fmt.Sprintf("%d@", parent))
+	call := call{directory: directory, libvirt: libvirt, deadline: monotonic() + limit, args: args[1:]}
 	c := exec.Command("/proc/self/exe")
 	c.Args = call.encode()
 	c.Dir = "/"
@@ -97,19 +100,6 @@ func (c call) arg(i int) string {
 		return c.args[i]
 	}
 	return ""
-}
-
-// process names a process so that no later one has the same name. Another one's
-// id is all that is left of one that is gone.
-func process(pid int) string {
-	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	// The command's name, in parentheses, may contain anything. The start time
-	// is field 22; what follows the name begins with field 3.
-	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
-	if len(fields) < 20 {
-		return fmt.Sprintf("%d@", pid)
-	}
-	return fmt.Sprintf("%d@%s", pid, fields[19])
 }
 
 // monotonic is the time of a clock that is the same for all processes, and

@@ -51,9 +51,9 @@ func (c call) record(ctx context.Context, stdin io.Reader) error {
 	if len(text) > maxXML {
 		text = nil
 	}
-	boot, _ := os.ReadFile("/proc/sys/kernel/random/boot_id") // always there on Linux
+	boot, _ := spool.BootID() // always there on Linux
 	r := spool.Record{
-		Version: spool.Version, Time: now.UnixMicro(), Boot: strings.TrimSpace(string(boot)), Libvirt: c.libvirt,
+		Version: spool.Version, Time: now.UnixMicro(), Boot: boot, Libvirt: c.libvirt,
 		Name: c.arg(0), Operation: c.arg(1), SubOperation: c.arg(2), Extra: c.arg(3), XML: string(text),
 	}
 	var d struct {

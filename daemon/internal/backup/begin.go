@@ -16,6 +16,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/quiesce"
 	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
 	"github.com/virtbackup/virtbackup/dbus"
+	"github.com/virtbackup/virtbackup/hooks/spool"
 )
 
 // begin fixes the point in time of all disks. The guest is held no longer than
@@ -143,7 +144,7 @@ func (r *run) fixed(ctx context.Context, point transfer.Go) error {
 	if err != nil {
 		return err
 	}
-	boot, err := bootID()
+	boot, err := spool.BootID()
 	if err != nil {
 		return err
 	}

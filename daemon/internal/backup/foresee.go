@@ -6,6 +6,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/hooks/spool"
 )
 
 // Foresee says what the next backup of a domain would be, as far as that is
@@ -14,7 +15,7 @@ import (
 // repository, and marks are all of the domain. Disks that a backup leaves out
 // are not in the verdict.
 func Foresee(r Request, d hypervisor.Domain, last *catalog.Head, marks []catalog.Mark) (chain.Verdict, error) {
-	boot, err := bootID()
+	boot, err := spool.BootID()
 	if err != nil {
 		return chain.Verdict{}, err
 	}

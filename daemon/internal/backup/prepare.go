@@ -19,6 +19,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/dbus"
+	"github.com/virtbackup/virtbackup/hooks/spool"
 )
 
 // checkpointPrefix begins the names of our checkpoints, for hypervisor.OursCheckpoint.
@@ -74,7 +75,7 @@ func (r *run) gather(ctx context.Context) (f facts, err error) {
 	if !f.domain.Active {
 		f.offline = followBacking(ctx, f.domain)
 	}
-	if f.boot, err = bootID(); err != nil {
+	if f.boot, err = spool.BootID(); err != nil {
 		return f, err
 	}
 	return f, r.gatherLast(ctx, &f)
@@ -97,15 +98,6 @@ func (r *run) gatherLast(ctx context.Context, f *facts) error {
 	}
 	f.bitmaps, err = r.bitmaps(ctx, f.domain, *head.Checkpoint)
 	return err
-}
-
-// bootID names the host's boot, random(4).
-func bootID() (string, error) {
-	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return "", fmt.Errorf("cannot tell the host's boot: %w", err)
-	}
-	return strings.TrimSpace(string(id)), nil
 }
 
 // lookup finds the domain, without the backup job that a dead job of ours may
@@ -231,7 +223,7 @@ func (r *run) recheck(ctx context.Context) error {
 	if err := checkState(d); err != nil {
 		return err
 	}
-	boot, err := bootID()
+	boot, err := spool.BootID()
 	if err != nil {
 		return err
 	}

@@ -96,7 +96,7 @@ func (b *bench) want(marks ...string) {
 // tell has the hook record something, and returns the path of the record.
 func (b *bench) tell(operation string, id int) string {
 	b.t.Helper()
-	boot, err := bootID()
+	boot, err := spool.BootID()
 	if err != nil {
 		b.t.Fatal(err)
 	}

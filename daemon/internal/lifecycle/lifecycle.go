@@ -346,7 +346,7 @@ const takeLimit = 10 * time.Second
 
 // look sees a domain as it is now.
 func (k *Keeper) look(ctx context.Context, d hypervisor.Domain) (Observation, error) {
-	boot, err := bootID()
+	boot, err := spool.BootID()
 	if err != nil {
 		return Observation{}, err
 	}

@@ -1,10 +1,12 @@
 package lifecycle
 
 import (
-	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+
+	"github.com/virtbackup/virtbackup/hooks/spool"
 )
 
 // qemuProcess names the QEMU process of a domain of qemu:///system; "" if there
@@ -19,32 +21,16 @@ func qemuProcess(domain string) string {
 	return p
 }
 
-// process names a process as the hook does, by its id and start time, so that
-// no other one ever has the same name in one boot; "" if it is gone.
+// process names the process whose id is in a file, as the hook does; "" if it
+// is gone.
 func process(pidFile string) string {
 	text, err := os.ReadFile(pidFile)
 	if err != nil {
 		return ""
 	}
-	pid := strings.TrimSpace(string(text))
-	stat, err := os.ReadFile(filepath.Join("/proc", pid, "stat"))
+	pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
 	if err != nil {
 		return ""
 	}
-	// The name of the program, in parentheses, may hold anything (proc(5)).
-	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
-	const startTime = 22 - 3 // the third field is the first one here
-	if len(fields) <= startTime {
-		return ""
-	}
-	return pid + "@" + fields[startTime]
-}
-
-// bootID names this boot of the kernel (random(4)).
-func bootID() (string, error) {
-	text, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return "", fmt.Errorf("cannot tell which boot of the host this is: %w", err)
-	}
-	return strings.TrimSpace(string(text)), nil
+	return spool.Process(pid)
 }

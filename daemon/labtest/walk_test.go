@@ -81,7 +81,9 @@ func newWalk(t *testing.T, seed uint64, figures *walkFigures) *walk {
 	// Two of the disks are qcow2; a raw one keeps libvirt from making internal snapshots.
 	w.scene = newScene(t, 2, w.IntN(2))
 	for i := range w.chains {
-		w.chains[i] = &watched{host: newHost(t), scene: w.scene}
+		settings := []dbus.Settings{{}, {}, {}, wholeOtherwise, byComparison, byOverlay}[w.IntN(6)]
+		w.chains[i] = &watched{host: newHost(t), scene: w.scene, settings: settings}
+		w.note("repository %s: %s", w.chains[i].offering, asked(settings))
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -92,6 +94,17 @@ func newWalk(t *testing.T, seed uint64, figures *walkFigures) *walk {
 	})
 	figures.domains++
 	return w
+}
+
+// asked is what backups are to be like, for people.
+func asked(s dbus.Settings) string {
+	switch {
+	case s.Fallback != nil:
+		return "fallback " + string(*s.Fallback)
+	case s.Tracking != nil:
+		return "tracking " + string(*s.Tracking)
+	}
+	return "nothing special"
 }
 
 // walk does it.

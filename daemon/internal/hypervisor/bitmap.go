@@ -1,6 +1,7 @@
 package hypervisor
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"encoding/xml"
@@ -126,7 +127,7 @@ func qemuImg(ctx context.Context, out any, args ...string) error {
 	if err != nil {
 		var exit *exec.ExitError
 		if errors.As(err, &exit) {
-			return fmt.Errorf("cannot run qemu-img %s: %w: %s", args[0], err, exit.Stderr)
+			return fmt.Errorf("cannot run qemu-img %s: %w: %s", args[0], err, bytes.TrimSpace(exit.Stderr))
 		}
 		return fmt.Errorf("cannot run qemu-img %s: %w", args[0], err)
 	}

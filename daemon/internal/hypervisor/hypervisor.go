@@ -1,8 +1,9 @@
 // Package hypervisor knows libvirt: it is the only package that imports it. It
 // looks up domains, fixes points in time (pull mode backups with a
 // checkpoint), keeps checkpoints, talks to the guest agent, rebuilds domain
-// definitions from an allow-list, and reports events. Everything it returns is
-// a plain Go value.
+// definitions from an allow-list, and reports events. Of domains that are off it
+// reads and changes the images, by qemu-img. Everything it returns is a plain Go
+// value.
 //
 // libvirt calls block in C and cannot be interrupted. Each one runs in a
 // goroutine of its own: when its context ends first, the caller gets an error

@@ -73,6 +73,8 @@ func Layers(ctx context.Context, k Disk) ([]Layer, error) {
 
 // image is what qemu-img info says of one image.
 type image struct {
+	Size          uint64 `json:"virtual-size"`
+	Snapshots     []any  `json:"snapshots"`
 	Backing       string `json:"backing-filename"`
 	FullBacking   string `json:"full-backing-filename"`
 	BackingFormat string `json:"backing-filename-format"`

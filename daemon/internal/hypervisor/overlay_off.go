@@ -18,12 +18,8 @@ type Image struct {
 
 // ReadImage reads an image's header. A QEMU may have it open.
 func ReadImage(ctx context.Context, path, format string) (Image, error) {
-	var info struct {
-		Size      uint64 `json:"virtual-size"`
-		Snapshots []any  `json:"snapshots"`
-	}
-	err := qemuImg(ctx, &info, "info", "-U", "-f", format, "--output=json", path)
-	return Image{Size: info.Size, InternalSnapshots: len(info.Snapshots) > 0}, err
+	i, err := imageInfo(ctx, path, format)
+	return Image{Size: i.Size, InternalSnapshots: len(i.Snapshots) > 0}, err
 }
 
 // CommitImage commits an image that no QEMU has open, and all between, into a

@@ -398,13 +398,13 @@ func (c *watched) write(n int) {
 // foretold waits until people are told why the disk will not be an increment by
 // its bitmap, if that was seen while nobody asked.
 func (c *watched) foretold(verdict string) {
-	c.host.t.Helper()
+	c.t.Helper()
 	cause := strings.TrimPrefix(verdict, "digest ")
 	if !slices.Contains([]string{changed, unseen, restarted}, verdict) {
 		return
 	}
-	eventually(c.host.t, "people are told that "+first+" is "+cause, func() error {
-		told, err := c.DomainTracking(c.host.t.Context(), c.uuid)
+	eventually(c.t, "people are told that "+first+" is "+cause, func() error {
+		told, err := c.DomainTracking(c.t.Context(), c.uuid)
 		for _, d := range told {
 			if d.Target == first && d.Offering == c.offering && d.Cause == cause && d.Tracking == dbus.TrackingDigest {
 				return nil
@@ -425,7 +425,7 @@ func (h *host) tellMarks(s *scene) {
 
 // take makes a backup.
 func (c *watched) take() dbus.BackupProperties {
-	c.host.t.Helper()
+	c.t.Helper()
 	c.held = append(c.held, c.snapshot())
 	b := c.backup(c.guest, dbus.BackupOptions{Settings: c.settings})
 	c.backups = append(c.backups, b)
@@ -434,7 +434,7 @@ func (c *watched) take() dbus.BackupProperties {
 
 // allExact compares every backup with what the disks held, and restores the last.
 func (c *watched) allExact() {
-	c.host.t.Helper()
+	c.t.Helper()
 	for i, b := range c.backups {
 		c.chainIsExact(b, c.held[i])
 	}

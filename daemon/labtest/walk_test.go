@@ -112,9 +112,9 @@ func (w *walk) walk() {
 	defer w.chains[0].tellMarks(w.scene)
 	for range walkSteps {
 		switch n := w.IntN(10); {
-		case n < 3:
+		case n < 4 && w.state() == running:
 			w.change()
-		case n < 6:
+		case n < 7:
 			w.act()
 		default:
 			w.backup(w.IntN(len(w.chains)))
@@ -139,11 +139,8 @@ func (w *walk) target() string {
 	return disks[w.IntN(len(disks))].target
 }
 
-// change has the guest write, if it runs.
+// change has the guest write.
 func (w *walk) change() {
-	if w.state() != running {
-		return
-	}
 	target := w.target()
 	var commands []string
 	for range 1 + w.IntN(3) {

@@ -3,6 +3,7 @@
 package labtest
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"regexp"
@@ -238,13 +239,13 @@ var live = []action{
 	{name: "blockcommit --pivot", do: func(s *scene, target string) {
 		s.virsh("blockcommit", s.name, target, "--active", "--pivot", "--wait")
 	}, can: isOverlay},
-	{name: "blockpull", do: func(s *scene, target string) { s.virsh("blockpull", s.name, target, "--wait") }, can: isOverlay},
+	{name: "blockpull", do: func(s *scene, target string) { s.blockJob("blockpull", target) }, can: isOverlay},
 	{name: "two external snapshots, the middle layer pulled", do: func(s *scene, target string) {
 		base := s.disk(target).file
 		s.external(target)
 		s.io(target, "write -P 95 5M 64k")
 		s.external(target)
-		s.virsh("blockpull", s.name, target, "--base", base, "--wait")
+		s.blockJob("blockpull", target, "--base", base)
 	}, can: noSnapshots},
 	{name: "two external snapshots, the middle layer committed", do: func(s *scene, target string) {
 		base := s.disk(target).file
@@ -252,7 +253,7 @@ var live = []action{
 		s.io(target, "write -P 96 5M 64k")
 		middle := s.disk(target).file
 		s.external(target)
-		s.virsh("blockcommit", s.name, target, "--base", base, "--top", middle, "--wait")
+		s.blockJob("blockcommit", target, "--base", base, "--top", middle)
 	}, can: noSnapshots},
 	{name: "blockcopy --pivot", do: func(s *scene, target string) {
 		d := s.disk(target)
@@ -333,6 +334,19 @@ func (s *scene) node(target string) string {
 	}
 	s.t.Fatalf("QEMU has no node for disk %s", target)
 	return ""
+}
+
+// blockJob runs a block job that ends by itself. virsh's own --wait fails when
+// the job is done before it is asked for.
+func (s *scene) blockJob(verb, target string, args ...string) {
+	s.t.Helper()
+	s.virsh(append([]string{verb, s.name, target}, args...)...)
+	eventually(s.t, verb+" ends", func() error {
+		if job := virsh(s.t, "blockjob", s.name, target, "--raw"); job != "" {
+			return errors.New(job)
+		}
+		return nil
+	})
 }
 
 // deleteCheckpoint gives libvirt the checkpoint back that a disk's bitmap

@@ -73,7 +73,7 @@ func (c call) record(ctx context.Context, stdin io.Reader) error {
 			r.Disks, err = c.fingerprints(ctx, text)
 		}
 	}
-	_, written := spool.Write(ctx, c.directory, r)
+	_, written := spool.Write(c.directory, r)
 	if r.Operation == "prepare" && err == nil {
 		limited, cancel := context.WithTimeout(ctx, c.deadline-reserve-monotonic())
 		defer cancel()

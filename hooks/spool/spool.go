@@ -6,7 +6,6 @@ package spool
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -69,18 +68,11 @@ type Entry struct {
 }
 
 const (
-	// A record is NUMBER.json. When it was removed, and no newer one was, it
-	// is an empty NUMBER.taken: numbers are not used twice.
-	recordSuffix = ".json"
-	takenSuffix  = ".taken"
+	recordSuffix = ".json" // after the number
 	// A record that is being written.
 	temporaryPrefix = ".new-"
 	// Nobody takes so long to write one.
 	temporaryAge = time.Hour
-	// lockLimit is how long to wait for who changes the directory. That takes
-	// some µs, so who takes longer was stopped.
-	lockLimit = 100 * time.Millisecond
-	lockRetry = time.Millisecond
 	// maxRecord is longer than any record: the definition is 16 MiB at most,
 	// and each byte six bytes in JSON.
 	maxRecord = 128 << 20
@@ -90,7 +82,7 @@ const (
 // directory where needed. When it returns without an error, the record is
 // there also after a loss of power. Errors are the file system's; after one the
 // record may be there or not.
-func Write(ctx context.Context, directory string, r Record) (number uint64, err error) {
+func Write(directory string, r Record) (number uint64, err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("cannot record what happened to domain %q: %w", r.Name, err)
@@ -109,7 +101,7 @@ func Write(ctx context.Context, directory string, r Record) (number uint64, err 
 		return 0, err
 	}
 	defer os.Remove(temporary)
-	if number, err = last(ctx, dir, temporary); err != nil {
+	if number, err = last(directory, temporary); err != nil {
 		return 0, err
 	}
 	return number, dir.Sync()
@@ -158,44 +150,36 @@ func writeTemporary(directory string, r Record) (path string, err error) {
 	return f.Name(), err
 }
 
-// last links a record to the number after the greatest.
-func last(ctx context.Context, dir *os.File, temporary string) (uint64, error) {
-	defer lock(ctx, dir)()
+// last links a record to a number that is greater than all that are there, and
+// that was not used before: numbers are the time, in µs since the epoch, as long
+// as nobody sets the clock back. libvirt waits for the hook before it calls it
+// for the same domain again, so the records of a domain are in order.
+func last(directory, temporary string) (uint64, error) {
 	for {
-		names, err := scan(dir.Name())
+		records, err := scan(directory)
 		if err != nil {
 			return 0, err
 		}
-		number := names.greatest() + 1
+		number := max(uint64(time.Now().UnixMicro()), greatest(records)+1)
 		// It never replaces anything.
-		err = os.Link(temporary, file(dir.Name(), number, recordSuffix))
+		err = os.Link(temporary, file(directory, number))
 		if !errors.Is(err, fs.ErrExist) {
 			return number, err
 		}
 	}
 }
 
-// lock keeps others from changing the directory meanwhile, and returns what
-// lets them again. It does not wait for long: the link keeps records apart
-// without it, and only the greatest number could be overlooked while it is
-// being removed.
-func lock(ctx context.Context, dir *os.File) (unlock func()) {
-	ctx, cancel := context.WithTimeout(ctx, lockLimit)
-	defer cancel()
-	for unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
-		select {
-		case <-ctx.Done():
-			return func() {}
-		case <-time.After(lockRetry):
-		}
-	}
-	return func() { _ = unix.Flock(int(dir.Fd()), unix.LOCK_UN) }
-}
-
 // Read returns all records, the first to the last. A directory that is not
 // there has none.
 func Read(directory string) ([]Entry, error) {
-	names, err := scan(directory)
+	// A list that is made while records come may have a later one of a domain and
+	// not the one before. What was there when the first list had been made is in
+	// the second.
+	first, err := scan(directory)
+	records := first
+	if err == nil && len(first) > 0 {
+		records, err = scan(directory)
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -203,9 +187,12 @@ func Read(directory string) ([]Entry, error) {
 		return nil, fmt.Errorf("cannot read the records of the hook: %w", err)
 	}
 	var all []Entry
-	for _, n := range names.records {
+	for _, n := range records {
+		if n > greatest(first) {
+			break
+		}
 		e := Entry{Number: n}
-		e.Record, e.Err = read(file(directory, n, recordSuffix))
+		e.Record, e.Err = read(file(directory, n))
 		if errors.Is(e.Err, fs.ErrNotExist) {
 			continue // somebody else has removed it by now
 		}
@@ -242,56 +229,21 @@ func read(path string) (Record, error) {
 
 // Remove takes a record away. One that is not there is none to take away.
 func Remove(directory string, number uint64) error {
-	if err := remove(directory, number); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Remove(file(directory, number)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("cannot remove record %d of the hook: %w", number, err)
 	}
 	return nil
 }
 
-func remove(directory string, number uint64) error {
-	dir, err := os.Open(directory)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	defer lock(context.Background(), dir)()
-	names, err := scan(directory)
-	if err != nil {
-		return err
-	}
-	record := file(directory, number, recordSuffix)
-	if number < names.greatest() {
-		return os.Remove(record)
-	}
-	if !slices.Contains(names.records, number) {
-		return nil
-	}
-	taken := file(directory, number, takenSuffix)
-	if err := os.Rename(record, taken); err != nil {
-		return err
-	}
-	for _, n := range names.taken {
-		_ = os.Remove(file(directory, n, takenSuffix)) // it says nothing any more
-	}
-	return os.Truncate(taken, 0)
-}
+func greatest(records []uint64) uint64 { return slices.Max(append(records, 0)) }
 
-// names are the numbers that are in a spool, in order.
-type names struct {
-	records, taken []uint64
-}
-
-func (n names) greatest() uint64 {
-	return max(slices.Max(append(n.records, 0)), slices.Max(append(n.taken, 0)))
-}
-
-// scan lists a spool, and removes what hooks left there that died.
-func scan(directory string) (names, error) {
+// scan lists the numbers in a spool, in order, and removes what hooks left there
+// that died.
+func scan(directory string) (records []uint64, err error) {
 	entries, err := os.ReadDir(directory)
 	if err != nil {
-		return names{}, err
+		return nil, err
 	}
-	var found names
 	for _, e := range entries {
 		if strings.HasPrefix(e.Name(), temporaryPrefix) {
 			if info, err := e.Info(); err == nil && time.Since(info.ModTime()) > temporaryAge {
@@ -299,25 +251,22 @@ func scan(directory string) (names, error) {
 			}
 			continue
 		}
-		if n, ok := parse(e.Name(), recordSuffix); ok {
-			found.records = append(found.records, n)
-		} else if n, ok := parse(e.Name(), takenSuffix); ok {
-			found.taken = append(found.taken, n)
+		if n, ok := parse(e.Name()); ok {
+			records = append(records, n)
 		}
 	}
-	slices.Sort(found.records)
-	slices.Sort(found.taken)
-	return found, nil
+	slices.Sort(records)
+	return records, nil
 }
 
-// file is the path of a number: all have the same length, for people who list
+// file is the path of a record: all have the same length, for people who list
 // the directory.
-func file(directory string, number uint64, suffix string) string {
-	return filepath.Join(directory, fmt.Sprintf("%020d%s", number, suffix))
+func file(directory string, number uint64) string {
+	return filepath.Join(directory, fmt.Sprintf("%020d%s", number, recordSuffix))
 }
 
-func parse(name, suffix string) (uint64, bool) {
-	digits, ok := strings.CutSuffix(name, suffix)
+func parse(name string) (uint64, bool) {
+	digits, ok := strings.CutSuffix(name, recordSuffix)
 	n, err := strconv.ParseUint(digits, 10, 64)
-	return n, ok && err == nil && name == filepath.Base(file("", n, suffix))
+	return n, ok && err == nil && name == filepath.Base(file("", n))
 }

@@ -2,7 +2,6 @@ package spool
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -31,14 +30,14 @@ func record(name string) Record {
 
 func write(t *testing.T, directory, name string) uint64 {
 	t.Helper()
-	n, err := Write(t.Context(), directory, record(name))
+	n, err := Write(directory, record(name))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return n
 }
 
-// written are "number name" of all records; "number !" for one that cannot be read.
+// written are the names of all records; "!" for one that cannot be read.
 func written(t *testing.T, directory string) string {
 	t.Helper()
 	entries, err := Read(directory)
@@ -51,7 +50,7 @@ func written(t *testing.T, directory string) string {
 		if e.Err != nil {
 			name = "!"
 		}
-		all = append(all, fmt.Sprint(e.Number, " ", name))
+		all = append(all, name)
 	}
 	return strings.Join(all, ", ")
 }
@@ -61,10 +60,12 @@ func TestRecordsComeBackInOrder(t *testing.T) {
 	if got := written(t, directory); got != "" {
 		t.Errorf("a directory that is not there has %s", got)
 	}
-	for _, name := range []string{"a", "b", "c"} {
-		write(t, directory, name)
+	a := write(t, directory, "a")
+	if b := write(t, directory, "b"); b <= a {
+		t.Errorf("numbers are %d, then %d", a, b)
 	}
-	if got := written(t, directory); got != "1 a, 2 b, 3 c" {
+	write(t, directory, "c")
+	if got := written(t, directory); got != "a, b, c" {
 		t.Error(got)
 	}
 	entries, err := Read(directory)
@@ -75,7 +76,7 @@ func TestRecordsComeBackInOrder(t *testing.T) {
 	if err != nil || info.Mode().Perm() != 0o700 {
 		t.Error(info.Mode(), err)
 	}
-	info, err = os.Stat(file(directory, 1, recordSuffix))
+	info, err = os.Stat(file(directory, a))
 	if err != nil || info.Mode().Perm() != 0o600 {
 		t.Error(info.Mode(), err)
 	}
@@ -87,39 +88,39 @@ func TestRecordsComeBackInOrder(t *testing.T) {
 
 func TestNumbersAreNotUsedTwice(t *testing.T) {
 	directory := t.TempDir()
-	remove := func(n uint64) {
-		t.Helper()
-		if err := Remove(directory, n); err != nil {
-			t.Error(err)
+	used := map[uint64]bool{}
+	for range 100 {
+		n := write(t, directory, "a")
+		if used[n] {
+			t.Errorf("%d is used again", n)
+		}
+		used[n] = true
+		for range 2 { // the second time there is nothing to remove
+			if err := Remove(directory, n); err != nil {
+				t.Error(err)
+			}
 		}
 	}
-	write(t, directory, "a")
-	write(t, directory, "b")
-	remove(1)
-	remove(2)
-	remove(2)
-	remove(7)
-	if got := written(t, directory); got != "" {
-		t.Error(got)
-	}
-	write(t, directory, "c")
-	remove(3)
-	write(t, directory, "d")
-	write(t, directory, "e")
-	remove(5)
-	remove(3)
-	write(t, directory, "f")
-	if got := written(t, directory); got != "4 d, 6 f" {
-		t.Error(got)
-	}
-	remove(4)
-	remove(6)
-	names, err := os.ReadDir(directory)
-	if len(names) != 1 || err != nil {
-		t.Error("what is removed piles up:", names, err)
+	if names, err := os.ReadDir(directory); len(names) != 0 || err != nil {
+		t.Error("something is left:", names, err)
 	}
 	if err := Remove(directory+"/nothing", 1); err != nil {
 		t.Error(err)
+	}
+}
+
+// A clock that was set back does not change the order.
+func TestRecordsOfTheFutureComeFirst(t *testing.T) {
+	directory := t.TempDir()
+	future := uint64(time.Now().Add(time.Hour).UnixMicro())
+	if err := os.Rename(file(directory, write(t, directory, "a")), file(directory, future)); err != nil {
+		t.Fatal(err)
+	}
+	if n := write(t, directory, "b"); n != future+1 {
+		t.Errorf("the next number is %d after %d", n, future)
+	}
+	if got := written(t, directory); got != "a, b" {
+		t.Error(got)
 	}
 }
 
@@ -134,7 +135,7 @@ func TestNothingIsLostOrOvertaken(t *testing.T) {
 			for i := range each {
 				r := record(fmt.Sprint(w))
 				r.DomainID = i
-				if _, err := Write(t.Context(), directory, r); err != nil {
+				if _, err := Write(directory, r); err != nil {
 					t.Error(err)
 				}
 			}
@@ -142,7 +143,7 @@ func TestNothingIsLostOrOvertaken(t *testing.T) {
 	}
 	ended := make(chan struct{})
 	go func() { all.Wait(); close(ended) }()
-	next, last, taken := map[string]int{}, uint64(0), 0
+	next, used, taken := map[string]int{}, map[uint64]bool{}, 0
 	for over := false; ; {
 		select {
 		case <-ended:
@@ -155,10 +156,10 @@ func TestNothingIsLostOrOvertaken(t *testing.T) {
 		}
 		for _, e := range entries {
 			r := e.Record
-			if e.Err != nil || e.Number <= last || r.DomainID != next[r.Name] {
-				t.Errorf("record %d after %d: %d of writer %s, not %d; %v", e.Number, last, r.DomainID, r.Name, next[r.Name], e.Err)
+			if e.Err != nil || used[e.Number] || r.DomainID != next[r.Name] {
+				t.Errorf("record %d: %d of writer %s, not %d; %v", e.Number, r.DomainID, r.Name, next[r.Name], e.Err)
 			}
-			last, next[r.Name] = e.Number, r.DomainID+1
+			used[e.Number], next[r.Name] = true, r.DomainID+1
 			taken++
 			if err := Remove(directory, e.Number); err != nil {
 				t.Error(err)
@@ -175,8 +176,8 @@ func TestNothingIsLostOrOvertaken(t *testing.T) {
 
 func TestWhatIsNoRecordIsReported(t *testing.T) {
 	directory := t.TempDir()
-	write(t, directory, "a")
-	whole, err := os.ReadFile(file(directory, 1, recordSuffix))
+	first := write(t, directory, "a")
+	whole, err := os.ReadFile(file(directory, first))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -192,7 +193,7 @@ func TestWhatIsNoRecordIsReported(t *testing.T) {
 	if err := unix.Mkfifo(directory+"/00000000000000000005.json", 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Symlink("00000000000000000001.json", directory+"/00000000000000000006.json"); err != nil {
+	if err := os.Symlink(filepath.Base(file("", first)), directory+"/00000000000000000006.json"); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Mkdir(directory+"/00000000000000000007.json", 0o700); err != nil {
@@ -202,13 +203,10 @@ func TestWhatIsNoRecordIsReported(t *testing.T) {
 	put("8.json", whole)
 	put("+0000000000000000009.json", whole)
 	put("README", nil)
-	if got := written(t, directory); got != "1 a, 2 !, 3 !, 4 !, 5 !, 6 !, 7 !" {
+	if got := written(t, directory); got != "!, !, !, !, !, !, a" {
 		t.Error(got)
 	}
-	if n := write(t, directory, "b"); n != 8 {
-		t.Errorf("the next number is %d", n)
-	}
-	for n := range uint64(9) {
+	for _, n := range []uint64{first, 2, 3, 4, 5, 6, 7} {
 		if err := Remove(directory, n); err != nil {
 			t.Error(err)
 		}
@@ -231,7 +229,7 @@ func TestWhatDeadHooksLeftIsSwept(t *testing.T) {
 		t.Fatal(err)
 	}
 	write(t, directory, "a")
-	if got := written(t, directory); got != "1 a" {
+	if got := written(t, directory); got != "a" {
 		t.Error(got)
 	}
 	if _, err := os.Stat(old); !errors.Is(err, os.ErrNotExist) {
@@ -239,26 +237,6 @@ func TestWhatDeadHooksLeftIsSwept(t *testing.T) {
 	}
 	if _, err := os.Stat(young); err != nil {
 		t.Error("the young one, which may be being written, is gone:", err)
-	}
-}
-
-func TestAHolderOfTheLockThatHangsHoldsNobodyUp(t *testing.T) {
-	directory := t.TempDir()
-	holder, err := os.Open(directory)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer holder.Close()
-	if err := unix.Flock(int(holder.Fd()), unix.LOCK_EX); err != nil {
-		t.Fatal(err)
-	}
-	write(t, directory, "a")
-	write(t, directory, "b")
-	if err := Remove(directory, 1); err != nil {
-		t.Error(err)
-	}
-	if got := written(t, directory); got != "2 b" {
-		t.Error(got)
 	}
 }
 
@@ -277,15 +255,16 @@ func TestAFullDiskIsAnErrorAndLeavesNothing(t *testing.T) {
 	write(t, directory, "a")
 	r := record("b")
 	r.XML = strings.Repeat("x", 100_000)
-	if n, err := Write(t.Context(), directory, r); !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), `domain "b"`) {
+	if n, err := Write(directory, r); !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), `domain "b"`) {
 		t.Error(n, err)
 	}
 	names, err := os.ReadDir(directory)
 	if len(names) != 1 || err != nil {
 		t.Error(names, err)
 	}
-	if n := write(t, directory, "c"); n != 2 {
-		t.Error(n)
+	write(t, directory, "c") // fits
+	if got := written(t, directory); got != "a, c" {
+		t.Error(got)
 	}
 }
 
@@ -293,7 +272,7 @@ func TestTheLargestRecordCanBeRead(t *testing.T) {
 	directory := t.TempDir()
 	r := record("a")
 	r.XML = strings.Repeat("\x01", 16<<20) // six bytes each
-	if _, err := Write(context.Background(), directory, r); err != nil {
+	if _, err := Write(directory, r); err != nil {
 		t.Fatal(err)
 	}
 	entries, err := Read(directory)
@@ -306,10 +285,11 @@ func TestTheLargestRecordCanBeRead(t *testing.T) {
 // it can be removed.
 func FuzzRead(f *testing.F) {
 	directory := f.TempDir()
-	if _, err := Write(f.Context(), directory, record("a")); err != nil {
+	number, err := Write(directory, record("a"))
+	if err != nil {
 		f.Fatal(err)
 	}
-	whole, err := os.ReadFile(file(directory, 1, recordSuffix))
+	whole, err := os.ReadFile(file(directory, number))
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -317,7 +297,7 @@ func FuzzRead(f *testing.F) {
 	f.Add(whole[:100])
 	f.Add([]byte("null"))
 	f.Fuzz(func(t *testing.T, text []byte) {
-		if err := os.WriteFile(file(directory, 1, recordSuffix), text, 0o600); err != nil {
+		if err := os.WriteFile(file(directory, number), text, 0o600); err != nil {
 			t.Fatal(err)
 		}
 		entries, err := Read(directory)
@@ -327,7 +307,7 @@ func FuzzRead(f *testing.F) {
 		if e := entries[0]; (e.Err == nil) != (e.Record.Version == Version) {
 			t.Errorf("%+v", e)
 		}
-		if err := Remove(directory, 1); err != nil {
+		if err := Remove(directory, number); err != nil {
 			t.Error(err)
 		}
 	})

@@ -109,7 +109,7 @@ func (b *bench) tell(operation string, id int) string {
 		}
 		r.Disks = []fingerprint.Disk{fingerprint.Take(b.t.Context(), sources[0])}
 	}
-	n, err := spool.Write(b.t.Context(), b.SpoolDirectory, r)
+	n, err := spool.Write(b.SpoolDirectory, r)
 	if err != nil {
 		b.t.Fatal(err)
 	}

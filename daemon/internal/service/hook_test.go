@@ -41,7 +41,7 @@ func TestManagerTellsOfTheHook(t *testing.T) {
 		t.Errorf("with a hook: %+v", m)
 	}
 	told := time.UnixMicro(1_700_000_000_000_000)
-	if _, err := spool.Write(t.Context(), records, spool.Record{
+	if _, err := spool.Write(records, spool.Record{
 		Version: 1, Time: told.UnixMicro(), Domain: domainUUID, Name: "web", Operation: "started",
 	}); err != nil {
 		t.Fatal(err)

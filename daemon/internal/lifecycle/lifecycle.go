@@ -265,6 +265,13 @@ func (k *Keeper) observe(ctx context.Context, d hypervisor.Domain) (entry, error
 		if err != nil {
 			return e, err
 		}
+		// It may have been looked up before a start that the hook told of since.
+		if o.Active && e.Phase == Running && !sameRun(e.Run, o.Run) && try < lookAgain {
+			if d, err = k.lookAgain(ctx, d.UUID, false); err != nil {
+				return e, err
+			}
+			continue
+		}
 		var found []Finding
 		e.Known, found = Observed(e.Known, o)
 		return e, k.save(ctx, d.UUID, e, found, time.Now())

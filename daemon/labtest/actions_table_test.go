@@ -328,7 +328,7 @@ func (r row) check(t *testing.T, b dbus.BackupProperties, next string) {
 }
 
 // images are how the table calls the verdicts.
-var images = strings.NewReplacer("cbt", "by bitmap", "digest ", "by comparison | ", "full ", "whole | ", "snapshot", "by overlay")
+var images = map[string]string{"cbt": "by bitmap", "digest": "by comparison", "snapshot": "by overlay", "full": "whole"}
 
 // line is that of the table.
 func (r row) line(b dbus.BackupProperties, next, state string) string {
@@ -339,15 +339,12 @@ func (r row) line(b dbus.BackupProperties, next, state string) string {
 	var verdict string
 	others := map[string]bool{}
 	for _, d := range b.Disks {
-		how := images.Replace(verdictOf(d))
+		how, cause, _ := strings.Cut(verdictOf(d), " ")
 		if d.Target != shown {
-			others[strings.ReplaceAll(how, " | ", ": ")] = true
+			others[strings.TrimSuffix(images[how]+": "+cause, ": ")] = true
 			continue
 		}
-		if !strings.Contains(how, "|") {
-			how += " |"
-		}
-		verdict = fmt.Sprintf("%s | %d | %d", how, d.ReadBytes>>10, d.DataBytes>>10)
+		verdict = fmt.Sprintf("%s | %s | %d | %d", images[how], cause, d.ReadBytes>>10, d.DataBytes>>10)
 	}
 	does := r.does
 	if r.before != "" {

@@ -37,6 +37,8 @@ func (r live) begin(ctx context.Context) error {
 	switch {
 	case ctx.Err() != nil:
 		return errors.Join(context.Cause(ctx), err)
+	case errors.Is(err, hypervisor.ErrNotRunning):
+		return failure.Errorf(dbus.ErrBusy, "domain %q was stopped while its backup was being prepared: start the backup again: %w", r.Plan.DomainName, err)
 	case errors.Is(err, quiesce.ErrHold):
 		return failure.Errorf(dbus.ErrUnavailable, "cannot quiesce domain %q (%s), see to its guest agent, or back it up with quiesce=none or the policy prefer: %w",
 			r.Plan.DomainName, r.Plan.Quiesce, err)

@@ -109,7 +109,7 @@ test-lab: deps build ## the tests that run on a real host, in the lab
 	$(LAB_TEST) $(TESTFLAGS) $(LAB_DAEMON_PACKAGES) </dev/null
 
 faults: deps build ## only the lab's tests that kill and break things
-	TEST_FAULTS=all $(LAB_TEST) -run 'Fault|Kill|Crash|Interrupted|Full|Fails' $(TESTFLAGS) $(LAB_DAEMON_PACKAGES) </dev/null
+	TEST_FAULTS=all TEST_ACTIONS=all $(LAB_TEST) -run 'Fault|Kill|Crash|Interrupted|Full|Fails|Actions' $(TESTFLAGS) $(LAB_DAEMON_PACKAGES) </dev/null
 
 fuzz-short: ## every fuzz target, FUZZTIME each
 	grep -roE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]*' * | sed 's/:func / /' | while read -r file target; do \

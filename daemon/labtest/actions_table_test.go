@@ -160,14 +160,17 @@ var (
 
 // TestActions does each action between two backups of a domain, and looks at
 // what the second one makes of each disk, and that it is exact, as are those
-// before it. TRACKING.md tells people; -update writes it.
+// before it. TRACKING.md tells people; -update writes it. Each action is tried
+// with the domain in one state at the next backup, by turns, as all of them take
+// ten minutes: TEST_ACTIONS=all tries both, and so does -update.
 func TestActions(t *testing.T) {
-	h := newHost(t)
+	h, all := newHost(t), *update || os.Getenv("TEST_ACTIONS") == "all"
 	var lines []*string
 	t.Run("rows", func(t *testing.T) {
-		for _, r := range rows {
-			for _, next := range []string{running, off} {
-				if r.verdict(next) == none {
+		for i, r := range rows {
+			for j, next := range []string{running, off} {
+				both := r.running != none && r.off != none
+				if r.verdict(next) == none || !all && both && i%2 != j {
 					continue
 				}
 				line := new(string)
@@ -181,14 +184,21 @@ func TestActions(t *testing.T) {
 			}
 		}
 	})
-	table := tableHead
-	for _, line := range lines {
-		if *line == "" {
-			return // it failed, or was not chosen by -run
-		}
-		table += *line
+	if *update {
+		writeTable(t, lines)
 	}
-	compareTable(t, table)
+	there, err := os.ReadFile(theTable)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range lines {
+		if !strings.Contains(string(there), *line) { // it is empty if -run did not choose it
+			t.Errorf("TRACKING.md does not say (-update writes it):\n%s", *line)
+		}
+	}
+	if n := strings.Count(string(there), "\n| "); all && n != len(lines)+2 {
+		t.Errorf("TRACKING.md has %d lines of a table and not %d (-update writes it)", n, len(lines)+2)
+	}
 }
 
 // isAround tells whether the row stops what other rows need.
@@ -359,18 +369,16 @@ func (r row) line(b dbus.BackupProperties, next, state string) string {
 	return fmt.Sprintf("| %s | %s | %s | %s | %s |\n", does, state, next, verdict, strings.Join(slices.Sorted(maps.Keys(others)), ", "))
 }
 
-func compareTable(t *testing.T, table string) {
-	if *update {
-		if err := os.WriteFile(theTable, []byte(table), 0o644); err != nil {
-			t.Fatal(err)
+func writeTable(t *testing.T, lines []*string) {
+	table := tableHead
+	for _, line := range lines {
+		if *line == "" {
+			t.Fatal("a row failed, or was not chosen by -run: TRACKING.md stays as it is")
 		}
+		table += *line
 	}
-	there, err := os.ReadFile(theTable)
-	if err != nil {
+	if err := os.WriteFile(theTable, []byte(table), 0o644); err != nil {
 		t.Fatal(err)
-	}
-	if string(there) != table {
-		t.Errorf("TRACKING.md says something else (-update writes it):\n%s", table)
 	}
 }
 

@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/virtbackup/virtbackup/dbus"
@@ -114,13 +113,7 @@ func (c call) fingerprints(ctx context.Context, definition []byte) ([]fingerprin
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.deadline-reserve-monotonic())
 	defer cancel()
-	disks := make([]fingerprint.Disk, len(sources))
-	var all sync.WaitGroup
-	for i, s := range sources {
-		all.Go(func() { disks[i] = fingerprint.Take(ctx, s) })
-	}
-	all.Wait()
-	return disks, nil
+	return fingerprint.TakeAll(ctx, sources), nil
 }
 
 // wake makes the daemon read the spool, and waits until it has.

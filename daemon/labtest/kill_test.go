@@ -225,10 +225,12 @@ func (k *killer) startAndStop(s step) (job string, at *trap) {
 	return job, at
 }
 
-func (k *killer) try(t *testing.T, f fault, s step) {
+// interrupted makes a backup that a fault befalls at a step, and brings back
+// what that ended. It returns what the disk held at the point in time.
+func (k *killer) interrupted(t *testing.T, f fault, s step) (j dbus.JobProperties, want snapshot) {
 	k.retarget(t)
 	k.write("vda", 3, 7)
-	want := k.g.snapshot("vda")
+	want = k.g.snapshot("vda")
 	job, at := k.startAndStop(s)
 	if s.reached("copying") {
 		k.write("vda", 5, 9) // after the point in time
@@ -242,14 +244,19 @@ func (k *killer) try(t *testing.T, f fault, s step) {
 	if f.settled != nil {
 		f.settled(k)
 	}
-	j := k.end(job)
-	if !slices.Contains(f.ends(s), j.State) {
-		t.Errorf("the job is %s and not %v: %v", j.State, f.ends(s), j.Err())
-	}
+	j = k.end(job)
 	if k.g.state() == "shut off" {
 		k.g.boot()
 	}
 	k.nothingLeft(k.g)
+	return j, want
+}
+
+func (k *killer) try(t *testing.T, f fault, s step) {
+	j, want := k.interrupted(t, f, s)
+	if !slices.Contains(f.ends(s), j.State) {
+		t.Errorf("the job is %s and not %v: %v", j.State, f.ends(s), j.Err())
+	}
 	if j.State == dbus.JobSucceeded {
 		k.chainIsExact(k.made(j), want)
 	} else if _, err := dbus.Get[dbus.BackupProperties](t.Context(), k.Client, j.Backup); err == nil {

@@ -305,27 +305,7 @@ func TestSnapshotTrackingKill(t *testing.T) {
 }
 
 func (k *killer) tryOverlays(t *testing.T, f fault, s step) {
-	k.retarget(t)
-	k.write("vda", 3, 7)
-	want := k.g.snapshot("vda")
-	job, at := k.startAndStop(s)
-	if s.reached("copying") {
-		k.write("vda", 5, 9) // after the point in time
-	}
-	k.daemon = daemonPID(t)
-	f.do(k, job)
-	if f.settled != nil && !slices.Contains(f.needs, s.in) {
-		f.settled(k)
-	}
-	at.letGo()
-	if f.settled != nil {
-		f.settled(k)
-	}
-	j := k.end(job)
-	if k.g.state() == "shut off" {
-		k.g.boot()
-	}
-	k.nothingLeft(k.g)
+	j, want := k.interrupted(t, f, s)
 	if j.State == dbus.JobSucceeded {
 		b := k.made(j)
 		k.chainIsExact(b, want)

@@ -47,6 +47,17 @@ func Take(ctx context.Context, s Source) Disk {
 	return Disk{Target: s.Target, Format: s.Format, Layers: w.end()}
 }
 
+// TakeAll looks at several disks at once, in their order.
+func TakeAll(ctx context.Context, all []Source) []Disk {
+	disks := make([]Disk, len(all))
+	var taken sync.WaitGroup
+	for i, s := range all {
+		taken.Go(func() { disks[i] = Take(ctx, s) })
+	}
+	taken.Wait()
+	return disks
+}
+
 // walk goes down a backing chain.
 type walk struct {
 	ctx    context.Context

@@ -22,28 +22,64 @@ import (
 // begin fixes the point in time of all disks. The guest is held no longer than
 // libvirt takes to begin the backup: everything else is ready.
 func (r live) begin(ctx context.Context) error {
-	// What is known of the point when nobody is left to say more.
-	r.Point = transfer.Go{Created: time.Now().UnixMicro(), Consistency: string(quiesce.Crash), Thawed: true}
-	if r.quiesces() {
-		r.Point.Shortfall = "virtbackupd ended at the point in time, and whether the guest was held still is not known"
-	}
+	r.Point = r.unknownPoint()
 	if err := r.job.Step(ctx, stepBegin, r.stepData); err != nil {
 		return err
 	}
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	at, held, err := r.hold(ctx)
+	point, err := r.hold(ctx, func(ctx context.Context) error {
+		return r.Hypervisor.BeginBackup(ctx, r.Plan.Domain, r.Plan.begin(r.Settings().ScratchDirectory))
+	})
+	if err != nil {
+		return err
+	}
+	return r.fixed(ctx, point)
+}
+
+// quiesces tells whether the guest is to be held still.
+func (r *run) quiesces() bool { return r.Plan.Quiesce != string(quiesce.None) }
+
+// unknownPoint is what is known of a running domain's point in time when nobody
+// is left to say more.
+func (r *run) unknownPoint() transfer.Go {
+	point := transfer.Go{Created: time.Now().UnixMicro(), Consistency: string(quiesce.Crash), Thawed: true}
+	if r.quiesces() {
+		point.Shortfall = "virtbackupd ended at the point in time, and whether the guest was held still is not known"
+	}
+	return point
+}
+
+// goodEnough says whether a point in time of which less is known is what was
+// asked for.
+func (r *run) goodEnough() error {
+	if r.quiesces() && r.Plan.QuiescePolicy != string(quiesce.Prefer) {
+		return failure.Errorf(dbus.ErrFailed, "cannot quiesce domain %q (%s) as is required: %s: start the backup again",
+			r.Plan.DomainName, r.Plan.Quiesce, r.Point.Shortfall)
+	}
+	return nil
+}
+
+// hold holds the guest still while fix fixes the point in time.
+func (r *run) hold(ctx context.Context, fix func(context.Context) error) (transfer.Go, error) {
+	var at time.Time
+	w := quiesce.Wish{Mode: quiesce.Mode(r.Plan.Quiesce), Policy: quiesce.Policy(r.Plan.QuiescePolicy)}
+	held, err := r.Quiescer.Hold(ctx, r.Plan.Domain, w, func(ctx context.Context) error {
+		err := fix(ctx)
+		at = time.Now()
+		return err
+	})
 	switch {
 	case ctx.Err() != nil:
-		return errors.Join(context.Cause(ctx), err)
+		return transfer.Go{}, errors.Join(context.Cause(ctx), err)
 	case errors.Is(err, hypervisor.ErrNotRunning):
-		return failure.Errorf(dbus.ErrBusy, "domain %q was stopped while its backup was being prepared: start the backup again: %w", r.Plan.DomainName, err)
+		return transfer.Go{}, failure.Errorf(dbus.ErrBusy, "domain %q was stopped while its backup was being prepared: start the backup again: %w", r.Plan.DomainName, err)
 	case errors.Is(err, quiesce.ErrHold):
-		return failure.Errorf(dbus.ErrUnavailable, "cannot quiesce domain %q (%s), see to its guest agent, or back it up with quiesce=none or the policy prefer: %w",
+		return transfer.Go{}, failure.Errorf(dbus.ErrUnavailable, "cannot quiesce domain %q (%s), see to its guest agent, or back it up with quiesce=none or the policy prefer: %w",
 			r.Plan.DomainName, r.Plan.Quiesce, err)
 	case err != nil:
-		return err
+		return transfer.Go{}, err
 	}
 	if held.Shortfall != "" {
 		r.job.Log(ctx, slog.LevelWarn, fmt.Sprintf("the backup is %s consistent only: %s", held.Consistency, held.Shortfall))
@@ -51,30 +87,15 @@ func (r live) begin(ctx context.Context) error {
 	if !held.Thawed {
 		r.job.Log(ctx, slog.LevelError, "the guest is not known to be thawed yet: the watchdog goes on trying")
 	}
-	return r.fixed(ctx, transfer.Go{Created: at.UnixMicro(), Consistency: string(held.Consistency), Thawed: held.Thawed,
-		Held: held.Held.Microseconds(), Shortfall: held.Shortfall})
-}
-
-// quiesces tells whether the guest is to be held still.
-func (r live) quiesces() bool { return r.Plan.Quiesce != string(quiesce.None) }
-
-// hold holds the guest still while libvirt begins the backup.
-func (r live) hold(ctx context.Context) (at time.Time, held quiesce.Result, err error) {
-	w := quiesce.Wish{Mode: quiesce.Mode(r.Plan.Quiesce), Policy: quiesce.Policy(r.Plan.QuiescePolicy)}
-	held, err = r.Quiescer.Hold(ctx, r.Plan.Domain, w, func(ctx context.Context) error {
-		err := r.Hypervisor.BeginBackup(ctx, r.Plan.Domain, r.Plan.begin(r.Settings().ScratchDirectory))
-		at = time.Now()
-		return err
-	})
-	return at, held, err
+	return transfer.Go{Created: at.UnixMicro(), Consistency: string(held.Consistency), Thawed: held.Thawed,
+		Held: held.Held.Microseconds(), Shortfall: held.Shortfall}, nil
 }
 
 // rejoin goes on with a point in time that libvirt fixed while virtbackupd was
 // restarted, if one of which less is known is good enough.
 func (r live) rejoin(ctx context.Context) error {
-	if r.quiesces() && r.Plan.QuiescePolicy != string(quiesce.Prefer) {
-		return failure.Errorf(dbus.ErrFailed, "cannot quiesce domain %q (%s) as is required: %s: start the backup again",
-			r.Plan.DomainName, r.Plan.Quiesce, r.Point.Shortfall)
+	if err := r.goodEnough(); err != nil {
+		return err
 	}
 	return r.fixed(ctx, r.Point)
 }

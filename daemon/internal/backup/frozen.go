@@ -2,9 +2,7 @@ package backup
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"log/slog"
 	"maps"
 	"path/filepath"
 	"slices"
@@ -16,7 +14,6 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/overlay"
-	"github.com/virtbackup/virtbackup/daemon/internal/quiesce"
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
 	"github.com/virtbackup/virtbackup/dbus"
@@ -52,13 +49,9 @@ func (r frozen) prepare(context.Context) error {
 }
 
 func (r frozen) begin(ctx context.Context) error {
-	r.Point = transfer.Go{Created: time.Now().UnixMicro(), Consistency: string(quiesce.Crash), Thawed: true}
-	running := live(r)
-	switch {
-	case r.Plan.Run == "":
-		r.Point.Consistency = repository.ConsistencyOff
-	case running.quiesces():
-		r.Point.Shortfall = "virtbackupd ended at the point in time, and whether the guest was held still is not known"
+	r.Point = r.unknownPoint()
+	if r.Plan.Run == "" {
+		r.Point.Consistency, r.Point.Shortfall = repository.ConsistencyOff, ""
 	}
 	if err := r.job.Step(ctx, stepBegin, r.stepData); err != nil {
 		return err
@@ -76,12 +69,10 @@ func (r frozen) begin(ctx context.Context) error {
 		}
 		point.Created = time.Now().UnixMicro()
 	} else {
-		held, at, err := r.put(ctx)
-		if err != nil {
+		var err error
+		if point, err = r.hold(ctx, r.put); err != nil {
 			return err
 		}
-		point = transfer.Go{Created: at.UnixMicro(), Consistency: string(held.Consistency), Thawed: held.Thawed,
-			Held: held.Held.Microseconds(), Shortfall: held.Shortfall}
 	}
 	return r.export(ctx, point)
 }
@@ -103,30 +94,12 @@ func (r frozen) paths() map[string]string {
 	return all
 }
 
-// put puts the overlays on a running domain's disks, while the guest is held still.
-func (r frozen) put(ctx context.Context) (held quiesce.Result, at time.Time, err error) {
-	w := quiesce.Wish{Mode: quiesce.Mode(r.Plan.Quiesce), Policy: quiesce.Policy(r.Plan.QuiescePolicy)}
-	held, err = r.Quiescer.Hold(ctx, r.Plan.Domain, w, func(ctx context.Context) error {
-		err := r.Hypervisor.PutOverlays(ctx, r.Plan.Domain, r.paths())
-		at = time.Now()
-		return err
-	})
-	switch {
-	case ctx.Err() != nil:
-		return held, at, errors.Join(context.Cause(ctx), err)
-	case errors.Is(err, quiesce.ErrHold):
-		return held, at, failure.Errorf(dbus.ErrUnavailable, "cannot quiesce domain %q (%s), see to its guest agent, or back it up with quiesce=none or the policy prefer: %w",
-			r.Plan.DomainName, r.Plan.Quiesce, err)
-	case err != nil:
-		return held, at, fmt.Errorf("cannot put overlays beside the disks, is there space? %w", err)
+// put puts the overlays on the disks.
+func (r frozen) put(ctx context.Context) error {
+	if err := r.Hypervisor.PutOverlays(ctx, r.Plan.Domain, r.paths()); err != nil {
+		return fmt.Errorf("cannot put overlays beside the disks, is there space? %w", err)
 	}
-	if held.Shortfall != "" {
-		r.job.Log(ctx, slog.LevelWarn, fmt.Sprintf("the backup is %s consistent only: %s", held.Consistency, held.Shortfall))
-	}
-	if !held.Thawed {
-		r.job.Log(ctx, slog.LevelError, "the guest is not known to be thawed yet: the watchdog goes on trying")
-	}
-	return held, at, nil
+	return nil
 }
 
 func (r frozen) putOff(ctx context.Context) error {
@@ -137,12 +110,7 @@ func (r frozen) putOff(ctx context.Context) error {
 	if err := r.Plan.unchanged("", d); err != nil {
 		return err
 	}
-	paths := r.paths()
-	err = r.Keeper.OwnWork(ctx, d, slices.Collect(maps.Keys(paths)), func() error { return r.Hypervisor.PutOverlays(ctx, r.Plan.Domain, paths) })
-	if err != nil {
-		return fmt.Errorf("cannot put overlays beside the disks, is there space? %w", err)
-	}
-	return nil
+	return r.Keeper.OwnWork(ctx, d, slices.Collect(maps.Keys(r.paths())), func() error { return r.put(ctx) })
 }
 
 // export shows what is below the overlays, and records the point in time.
@@ -232,9 +200,10 @@ func (r frozen) begun(ctx context.Context) (bool, error) {
 }
 
 func (r frozen) rejoin(ctx context.Context) error {
-	if r.Plan.Run != "" && live(r).quiesces() && r.Plan.QuiescePolicy != string(quiesce.Prefer) {
-		return failure.Errorf(dbus.ErrFailed, "cannot quiesce domain %q (%s) as is required: %s: start the backup again",
-			r.Plan.DomainName, r.Plan.Quiesce, r.Point.Shortfall)
+	if r.Plan.Run != "" {
+		if err := r.goodEnough(); err != nil {
+			return err
+		}
 	}
 	return r.export(ctx, r.Point)
 }

@@ -139,15 +139,15 @@ func (r stopped) look(ctx context.Context, d hypervisor.Domain) ([]fingerprint.D
 	}
 	ctx, cancel := context.WithTimeout(ctx, callLimit)
 	defer cancel()
-	var all []fingerprint.Disk
+	var planned []fingerprint.Source
 	for _, k := range r.Plan.Disks {
 		for _, s := range sources {
 			if s.Target == k.Target {
-				all = append(all, fingerprint.Take(ctx, s))
+				planned = append(planned, s)
 			}
 		}
 	}
-	return all, nil
+	return fingerprint.TakeAll(ctx, planned), nil
 }
 
 func (r stopped) exports(ctx context.Context, d hypervisor.Domain) ([]export.Disk, error) {

@@ -372,11 +372,6 @@ func (k *Keeper) look(ctx context.Context, d hypervisor.Domain) (Observation, er
 	}
 	ctx, cancel := context.WithTimeout(ctx, takeLimit)
 	defer cancel()
-	o.Disks = make([]fingerprint.Disk, len(sources))
-	var all sync.WaitGroup
-	for i, s := range sources {
-		all.Go(func() { o.Disks[i] = fingerprint.Take(ctx, s) })
-	}
-	all.Wait()
+	o.Disks = fingerprint.TakeAll(ctx, sources)
 	return o, nil
 }

@@ -287,8 +287,8 @@ func layersOf(ctx context.Context, d hypervisor.Domain) (used layers, err error)
 	}
 	limited, cancel := context.WithTimeout(ctx, lookLimit)
 	defer cancel()
-	for _, s := range sources {
-		for _, l := range fingerprint.Take(limited, s).Layers {
+	for _, d := range fingerprint.TakeAll(limited, sources) {
+		for _, l := range d.Layers {
 			used.paths = append(used.paths, l.Path)
 			if l.Kind == fingerprint.KindFile {
 				used.files = append(used.files, inode{l.Device, l.Inode})

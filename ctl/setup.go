@@ -189,7 +189,7 @@ func (a *app) offeringCreateCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		id, err := c.CreateOffering(ctx, args[0], r, settings.given(cmd))
+		id, err := c.CreateOffering(ctx, args[0], r, dbus.OfferingOptions{Overrides: dbus.Overrides{Settings: settings.given(cmd)}})
 		if err != nil {
 			return err
 		}
@@ -204,7 +204,7 @@ func (a *app) offeringUpdateCommand() *cobra.Command {
 	var settings *settingsFlags
 	var cmd *cobra.Command
 	cmd = a.offeringVerb("update", "Change an offering", func(ctx context.Context, c *dbus.Client, o dbus.OfferingProperties) error {
-		change := dbus.UpdateOfferingOptions{Settings: settings.given(cmd)}
+		change := dbus.UpdateOfferingOptions{OfferingOptions: dbus.OfferingOptions{Overrides: dbus.Overrides{Settings: settings.given(cmd)}}}
 		if repository != "" {
 			r, err := findRepository(ctx, c, repository)
 			if err != nil {

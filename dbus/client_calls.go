@@ -23,8 +23,8 @@ func (c *Client) CreateRepository(ctx context.Context, name, typ, path string, o
 }
 
 // CreateOffering makes a named set of backup options.
-func (c *Client) CreateOffering(ctx context.Context, name, repository string, s Settings) (string, error) {
-	return c.find(ctx, KindOffering, "CreateOffering", name, repository, EncodeOptions(s))
+func (c *Client) CreateOffering(ctx context.Context, name, repository string, o OfferingOptions) (string, error) {
+	return c.find(ctx, KindOffering, "CreateOffering", name, repository, EncodeOptions(o))
 }
 
 // FindRepository returns the id of the repository with that name or id.
@@ -102,6 +102,16 @@ func (c *Client) BackupDomain(ctx context.Context, uuid string, o BackupOptions)
 // FinishChain ends a domain's open chain.
 func (c *Client) FinishChain(ctx context.Context, uuid string) error {
 	return c.object(ctx, Ref{KindDomain, uuid}, "FinishChain", []any{EncodeOptions(NoOptions{})})
+}
+
+// SetOverrides sets and unsets what a domain has in place of its offering's settings.
+func (c *Client) SetOverrides(ctx context.Context, uuid string, o Overrides, unset []string) error {
+	return c.object(ctx, Ref{KindDomain, uuid}, "SetOverrides", []any{EncodeOptions(o), append([]string{}, unset...), EncodeOptions(NoOptions{})})
+}
+
+// DomainSettings returns the settings that are in force for a domain.
+func (c *Client) DomainSettings(ctx context.Context, uuid string) ([]EffectiveSetting, error) {
+	return list[EffectiveSetting](ctx, c, Ref{KindDomain, uuid}, "ListSettings")
 }
 
 // DomainTracking returns how a domain's next backups would find what changed.

@@ -134,6 +134,45 @@ func DecodeOptions(m map[string]godbus.Variant, o any) error {
 	return nil
 }
 
+// MergeOptions sets the options of the struct that into points to that are
+// given in one of the same type; their fields are pointers.
+func MergeOptions[O any](into *O, given O) {
+	to := fields(reflect.ValueOf(into).Elem())
+	for i, f := range fields(reflect.ValueOf(given)) {
+		if !f.value.IsZero() {
+			to[i].value.Set(f.value)
+		}
+	}
+}
+
+// UnsetOptions takes options away by their keys. ErrInvalidArgument names one
+// that there is not.
+func UnsetOptions[O any](from *O, keys []string) error {
+	known := fields(reflect.ValueOf(from).Elem())
+	for _, key := range keys {
+		i := slices.IndexFunc(known, func(f field) bool { return f.key == key })
+		if i < 0 {
+			return Errorf(ErrInvalidArgument, "unknown option %q", key)
+		}
+		known[i].value.SetZero()
+	}
+	return nil
+}
+
+// OptionTexts returns the options that are given as texts, by their keys.
+func OptionTexts(o any) map[string]string {
+	out := make(map[string]string)
+	for key, variant := range EncodeOptions(o) {
+		switch x := variant.Value().(type) {
+		case []string:
+			out[key] = strings.Join(x, ", ")
+		default:
+			out[key] = fmt.Sprint(x)
+		}
+	}
+	return out
+}
+
 // DecodeRecord reads what a daemon said into the struct that r points to. Keys
 // that r does not have are left alone: a newer daemon may say more.
 func DecodeRecord(m map[string]godbus.Variant, r any) error {

@@ -21,7 +21,7 @@ func TestOptionsRoundTrip(t *testing.T) {
 	for _, want := range []any{
 		&BackupOptions{},
 		&BackupOptions{Offering: "daily", Full: true, Settings: Settings{Mode: &mode, CompressionLevel: &level, ChainSize: &zero}},
-		&UpdateOfferingOptions{Settings: Settings{QuiescePolicy: &policy, Tracking: &tracking, Fallback: &fallback}},
+		&UpdateOfferingOptions{OfferingOptions: OfferingOptions{Overrides: Overrides{Settings: Settings{QuiescePolicy: &policy, Tracking: &tracking, Fallback: &fallback}}}},
 		&PlanRestoreOptions{InPlace: true, RestoreOptions: RestoreOptions{Disks: []string{"vda"}}},
 		&BackupFilter{Domain: "web", Since: &since},
 	} {

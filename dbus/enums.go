@@ -6,6 +6,10 @@ type Mode string
 // Compression is how data is compressed while a backup is written.
 type Compression string
 
+// CompressionTime is when data is compressed: while a backup is written, or by a
+// job after it.
+type CompressionTime string
+
 // Quiesce is how a guest is quieted for the point in time.
 type Quiesce string
 
@@ -53,6 +57,9 @@ const (
 	CompressionNone Compression = "none"
 	CompressionZlib Compression = "zlib"
 	CompressionZstd Compression = "zstd"
+
+	CompressionInline   CompressionTime = "inline"
+	CompressionDeferred CompressionTime = "deferred"
 
 	QuiesceNone    Quiesce = "none"
 	QuiesceAgent   Quiesce = "agent"
@@ -126,6 +133,9 @@ func (Mode) Values() []string { return []string{"full", "incremental"} }
 
 // Values returns what a Compression can be.
 func (Compression) Values() []string { return []string{"none", "zlib", "zstd"} }
+
+// Values returns what a CompressionTime can be.
+func (CompressionTime) Values() []string { return []string{"inline", "deferred"} }
 
 // Values returns what a Quiesce can be.
 func (Quiesce) Values() []string { return []string{"none", "agent", "suspend"} }

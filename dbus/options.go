@@ -17,6 +17,48 @@ type Settings struct {
 	QuiescePolicy    *QuiescePolicy `dbus:"quiesce_policy"`
 	Tracking         *Tracking      `dbus:"tracking"`
 	Fallback         *Fallback      `dbus:"fallback"`
+	// CompressionTime is when data is compressed.
+	CompressionTime *CompressionTime `dbus:"compression_time"`
+	// IncludeDisks and ExcludeDisks are targets, as vda; all disks are included when none is named.
+	IncludeDisks  *[]string `dbus:"include_disks"`
+	ExcludeDisks  *[]string `dbus:"exclude_disks"`
+	VolatileDisks *bool     `dbus:"volatile_disks"`
+}
+
+// Retention says which backups stay; what is nil is left as it was.
+type Retention struct {
+	KeepLast    *uint32 `dbus:"keep_last"`
+	KeepHourly  *uint32 `dbus:"keep_hourly"`
+	KeepDaily   *uint32 `dbus:"keep_daily"`
+	KeepWeekly  *uint32 `dbus:"keep_weekly"`
+	KeepMonthly *uint32 `dbus:"keep_monthly"`
+	KeepYearly  *uint32 `dbus:"keep_yearly"`
+}
+
+// Validation says whether and how backups are tried; what is nil is left as it was.
+type Validation struct {
+	Validate        *bool     `dbus:"validate"`
+	ValidationSteps *[]string `dbus:"validation_steps"`
+}
+
+// Overrides are what a domain has in place of its offering's settings.
+type Overrides struct {
+	Settings
+	Retention
+	Validation
+}
+
+// OfferingOptions are those of Manager.CreateOffering.
+type OfferingOptions struct {
+	Description *string `dbus:"description"`
+	Disabled    *bool   `dbus:"disabled"`
+	// Users may use it: names of users, and of groups with an @ before; all when none is named.
+	Users               *[]string `dbus:"users"`
+	AllowUserBackups    *bool     `dbus:"allow_user_backups"`
+	AllowUserSchedules  *bool     `dbus:"allow_user_schedules"`
+	AllowQuickRestore   *bool     `dbus:"allow_quick_restore"`
+	AllowFileExtraction *bool     `dbus:"allow_file_extraction"`
+	Overrides
 }
 
 // CreateRepositoryOptions are those of Manager.CreateRepository.
@@ -30,7 +72,7 @@ type CreateRepositoryOptions struct {
 // UpdateOfferingOptions are those of Offering.Update.
 type UpdateOfferingOptions struct {
 	Repository *string `dbus:"repository"`
-	Settings
+	OfferingOptions
 }
 
 // BackupOptions are those of Domain.Backup.

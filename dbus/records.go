@@ -53,7 +53,29 @@ type OfferingProperties struct {
 	Tracking         Tracking      `dbus:"Tracking"`
 	Fallback         Fallback      `dbus:"Fallback"`
 	Domains          []string      `dbus:"Domains"`
-	Created          time.Time     `dbus:"Created"`
+
+	Description         string          `dbus:"Description"`
+	Origin              string          `dbus:"Origin"`
+	Disabled            bool            `dbus:"Disabled"`
+	Users               []string        `dbus:"Users"`
+	AllowUserBackups    bool            `dbus:"AllowUserBackups"`
+	AllowUserSchedules  bool            `dbus:"AllowUserSchedules"`
+	AllowQuickRestore   bool            `dbus:"AllowQuickRestore"`
+	AllowFileExtraction bool            `dbus:"AllowFileExtraction"`
+	Validate            bool            `dbus:"Validate"`
+	ValidationSteps     []string        `dbus:"ValidationSteps"`
+	CompressionTime     CompressionTime `dbus:"CompressionTime"`
+	IncludeDisks        []string        `dbus:"IncludeDisks"`
+	ExcludeDisks        []string        `dbus:"ExcludeDisks"`
+	VolatileDisks       bool            `dbus:"VolatileDisks"`
+	KeepLast            uint32          `dbus:"KeepLast"`
+	KeepHourly          uint32          `dbus:"KeepHourly"`
+	KeepDaily           uint32          `dbus:"KeepDaily"`
+	KeepWeekly          uint32          `dbus:"KeepWeekly"`
+	KeepMonthly         uint32          `dbus:"KeepMonthly"`
+	KeepYearly          uint32          `dbus:"KeepYearly"`
+
+	Created time.Time `dbus:"Created"`
 }
 
 // DomainDisk is one of DomainProperties.Disks.
@@ -66,6 +88,13 @@ type DomainDisk struct {
 	Cause    string    `dbus:"cause"`
 	Since    time.Time `dbus:"since"`
 	Included bool      `dbus:"included"`
+}
+
+// EffectiveSetting is one of Domain.ListSettings.
+type EffectiveSetting struct {
+	Key    string `dbus:"key"`
+	Value  string `dbus:"value"`
+	Source string `dbus:"source"`
 }
 
 // DomainTracking is one of Domain.ListTracking.

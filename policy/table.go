@@ -66,6 +66,8 @@ func table() map[string]Action {
 		"org.virtbackup1.Domain.Backup":       ActionBackup,
 		"org.virtbackup1.Domain.FinishChain":  ActionManageDomains,
 		"org.virtbackup1.Domain.ListTracking": ActionView,
+		"org.virtbackup1.Domain.SetOverrides": ActionManageDomains,
+		"org.virtbackup1.Domain.ListSettings": ActionView,
 		"org.virtbackup1.Domain.ListMarks":    ActionView,
 
 		"org.virtbackup1.Chain.Verify": ActionVerify,

@@ -48,13 +48,18 @@ func newHostAt(t *testing.T, repository string) *host {
 		err = h.end(job).Err()
 	}
 	if err == nil {
-		_, err = h.CreateOffering(t.Context(), h.offering, id, dbus.Settings{Quiesce: &none})
+		_, err = h.CreateOffering(t.Context(), h.offering, id, settingsOnly(dbus.Settings{Quiesce: &none, ChainSize: new(uint32(0))}))
 	}
 	if err != nil {
 		t.Fatalf("cannot set up a host: %v", err)
 	}
 	h.repository = id
 	return h
+}
+
+// settingsOnly are an offering's options with nothing but settings.
+func settingsOnly(s dbus.Settings) dbus.OfferingOptions {
+	return dbus.OfferingOptions{Overrides: dbus.Overrides{Settings: s}}
 }
 
 // fresh makes a directory that no other test has.

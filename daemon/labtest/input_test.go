@@ -36,17 +36,17 @@ func TestInputNames(t *testing.T) {
 			_, err := find()
 			refuses(t, "find "+kind+" "+what, err, dbus.ErrNotFound, "no "+kind, fmt.Sprintf("%q", name))
 		}
-		_, err := h.CreateOffering(ctx, "fresh", name, dbus.Settings{})
+		_, err := h.CreateOffering(ctx, "fresh", name, dbus.OfferingOptions{})
 		refuses(t, "offering with repository "+what, err, dbus.ErrNotFound, "repository", fmt.Sprintf("%q", name))
 		if name == "nobody" {
 			continue // it is a good one
 		}
 		_, _, err = h.CreateRepository(ctx, name, "dir", "/srv/never", dbus.CreateRepositoryOptions{})
 		refuses(t, "repository "+what, err, dbus.ErrInvalidArgument, "name", fmt.Sprintf("%q", name), "letters")
-		_, err = h.CreateOffering(ctx, name, h.offering, dbus.Settings{})
+		_, err = h.CreateOffering(ctx, name, h.offering, dbus.OfferingOptions{})
 		refuses(t, "offering "+what, err, dbus.ErrInvalidArgument, "name", fmt.Sprintf("%q", name), "letters")
 	}
-	_, err := h.CreateOffering(ctx, h.offering, h.offering, dbus.Settings{})
+	_, err := h.CreateOffering(ctx, h.offering, h.offering, dbus.OfferingOptions{})
 	refuses(t, "offering of a name that is taken", err, dbus.ErrExists, h.offering)
 	_, _, err = h.CreateRepository(ctx, h.offering, "dir", "/srv/never", dbus.CreateRepositoryOptions{})
 	refuses(t, "repository of a name that is taken", err, dbus.ErrExists, h.offering)
@@ -115,7 +115,7 @@ func TestInputOptions(t *testing.T) {
 		{"chain_size", dbus.CompressionZstd, 1, 1, 10001},
 	} {
 		settings := dbus.Settings{Compression: &s.compression, CompressionLevel: &s.level, Threads: &s.threads, ChainSize: &s.size}
-		_, err := h.CreateOffering(ctx, "fresh", h.offering, settings)
+		_, err := h.CreateOffering(ctx, "fresh", h.offering, settingsOnly(settings))
 		refuses(t, fmt.Sprintf("offering with %+v", s), err, dbus.ErrInvalidArgument, s.what, "at most")
 		err = h.try(g, dbus.BackupOptions{Settings: settings})
 		refuses(t, fmt.Sprintf("backup with %+v", s), err, dbus.ErrInvalidArgument, s.what, "at most")

@@ -74,6 +74,8 @@ func arguments(t testing.TB, signature string) []any {
 	for len(signature) > 0 {
 		length := 1
 		switch {
+		case strings.HasPrefix(signature, "as"):
+			args, length = append(args, []string{}), len("as")
 		case strings.HasPrefix(signature, "a{sv}"):
 			args, length = append(args, map[string]godbus.Variant{}), len("a{sv}")
 		case signature[0] == 's':

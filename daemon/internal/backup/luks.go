@@ -1,6 +1,7 @@
 package backup
 
 import (
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/dbus"
@@ -22,7 +23,7 @@ func container(k hypervisor.Disk) hypervisor.Disk {
 // is none, or is left out.
 func containerFormat(d hypervisor.Domain, target string) string {
 	k, any := d.Disk(target)
-	if !any || !k.Encrypted || Skip(k) != "" {
+	if !any || !k.Encrypted || Skip(k, catalog.Settings{Volatile: true}) != "" {
 		return ""
 	}
 	return k.Format

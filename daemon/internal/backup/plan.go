@@ -99,7 +99,7 @@ func newPlan(f facts) (Plan, error) {
 	if err := checkState(f.domain); err != nil {
 		return Plan{}, err
 	}
-	disks, skipped, err := selectDisks(f.domain)
+	disks, skipped, err := selectDisks(f.domain, f.request.Settings)
 	if err != nil {
 		return Plan{}, err
 	}
@@ -192,9 +192,18 @@ func (f facts) source() string {
 // cannot carry a bitmap.
 const oldQcow2Format = "qcow2 v2"
 
+// transientFormat is how they are told of an image that is thrown away when the
+// domain stops, and a bitmap in it.
+const transientFormat = "qcow2, transient"
+
 func (f facts) format(k hypervisor.Disk) string {
-	if k.Format == "qcow2" && f.oldQcow2[k.Target] {
+	now, _ := f.domain.Disk(k.Target)
+	switch {
+	case k.Format != "qcow2":
+	case f.oldQcow2[k.Target]:
 		return oldQcow2Format
+	case now.Transient:
+		return transientFormat
 	}
 	return k.Format
 }
@@ -243,14 +252,15 @@ func checkState(d hypervisor.Domain) error {
 	return nil
 }
 
-// Skip says why backups leave a disk out; "" for one that is backed up.
-func Skip(k hypervisor.Disk) string {
+// Skip says why backups with these settings leave a disk out; "" for one that is
+// backed up.
+func Skip(k hypervisor.Disk, s catalog.Settings) string {
 	switch {
 	case k.Device == "cdrom" || k.Device == "floppy":
 		return "it is a " + k.Device
 	case k.Device != "disk":
 		return "it is a " + k.Device + ", a device of the host"
-	case k.Transient:
+	case k.Transient && !s.Volatile:
 		return "it is transient"
 	case k.ReadOnly:
 		return "it is read-only"
@@ -258,15 +268,19 @@ func Skip(k hypervisor.Disk) string {
 		return "it is shared with other domains"
 	case k.SourceType == "":
 		return "it has no source"
+	case slices.Contains(s.Exclude, k.Target):
+		return "it is excluded"
+	case len(s.Include) > 0 && !slices.Contains(s.Include, k.Target):
+		return "it is not among those that are included"
 	}
 	return ""
 }
 
-// selectDisks returns the disks to back up, in the order of the definition,
-// and those to leave out.
-func selectDisks(d hypervisor.Domain) (disks []hypervisor.Disk, skipped []Skipped, err error) {
+// selectDisks returns the disks to back up with these settings, in the order of
+// the definition, and those to leave out.
+func selectDisks(d hypervisor.Domain, s catalog.Settings) (disks []hypervisor.Disk, skipped []Skipped, err error) {
 	for _, k := range d.Disks {
-		if why := Skip(k); why != "" {
+		if why := Skip(k, s); why != "" {
 			skipped = append(skipped, Skipped{k.Target, why})
 			continue
 		}
@@ -341,7 +355,7 @@ func (p Plan) unchanged(boot string, d hypervisor.Domain) error {
 	if runOf(boot, d) != p.Run {
 		return failure.Errorf(dbus.ErrBusy, "domain %q was started or stopped while its backup was being prepared: start the backup again", p.DomainName)
 	}
-	disks, _, err := selectDisks(d)
+	disks, _, err := selectDisks(d, p.Settings)
 	if err != nil {
 		return err
 	}

@@ -73,7 +73,7 @@ func (r *run) gather(ctx context.Context) (f facts, err error) {
 	f.domain = withoutMissing(f.domain)
 	f.readHeaders()
 	if !f.domain.Active {
-		f.offline = followBacking(ctx, f.domain)
+		f.offline = followBacking(ctx, f.domain, f.request.Settings)
 	}
 	if f.boot, err = spool.BootID(); err != nil {
 		return f, err
@@ -152,7 +152,7 @@ func (r *run) bitmaps(ctx context.Context, d hypervisor.Domain, c catalog.Checkp
 func (f *facts) readHeaders() {
 	f.oldQcow2 = map[string]bool{}
 	for _, k := range f.domain.Disks {
-		if k.Format != "qcow2" || k.Source == "" || Skip(k) != "" {
+		if k.Format != "qcow2" || k.Source == "" || Skip(k, f.request.Settings) != "" {
 			continue
 		}
 		version, snapshots, err := qcow2Header(k.Source)

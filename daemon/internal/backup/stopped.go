@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/daemon/internal/export"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
@@ -251,9 +252,9 @@ func (r stopped) end(ctx context.Context) error {
 func (r stopped) remove() error { return r.Exporter.Remove(r.id()) }
 
 // followBacking fills in what is below the images of a stopped domain.
-func followBacking(ctx context.Context, d hypervisor.Domain) error {
+func followBacking(ctx context.Context, d hypervisor.Domain, s catalog.Settings) error {
 	for i, k := range d.Disks {
-		if Skip(k) != "" {
+		if Skip(k, s) != "" {
 			continue
 		}
 		layers, err := hypervisor.Layers(ctx, k)

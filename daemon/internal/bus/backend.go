@@ -66,7 +66,7 @@ type Repositories interface {
 
 // Offerings is what is done with offerings.
 type Offerings interface {
-	CreateOffering(ctx context.Context, caller Caller, name, repository string, s dbus.Settings) (offering string, err error)
+	CreateOffering(ctx context.Context, caller Caller, name, repository string, o dbus.OfferingOptions) (offering string, err error)
 	UpdateOffering(ctx context.Context, caller Caller, id string, o dbus.UpdateOfferingOptions) error
 	RemoveOffering(ctx context.Context, caller Caller, id string) error
 }
@@ -77,6 +77,10 @@ type Domains interface {
 	UnassignDomain(ctx context.Context, caller Caller, uuid string) error
 	BackupDomain(ctx context.Context, caller Caller, uuid string, o dbus.BackupOptions) (job string, err error)
 	FinishChain(ctx context.Context, caller Caller, uuid string) error
+	// SetOverrides sets and unsets what a domain has in place of its offering's
+	// settings; DomainSettings returns what is in force, and from where.
+	SetOverrides(ctx context.Context, caller Caller, uuid string, o dbus.Overrides, unset []string) error
+	DomainSettings(ctx context.Context, uuid string) ([]dbus.EffectiveSetting, error)
 	DomainTracking(ctx context.Context, uuid string) ([]dbus.DomainTracking, error)
 	// DomainMarks returns the newest first. The limit is from 1 to 1000.
 	DomainMarks(ctx context.Context, uuid string, limit int) ([]dbus.Mark, error)

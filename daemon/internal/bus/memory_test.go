@@ -162,7 +162,7 @@ func (m *memory) RemoveRepository(_ context.Context, c Caller, id string) error 
 	return m.note(c, "remove repository %s", id)
 }
 
-func (m *memory) CreateOffering(_ context.Context, c Caller, name, repository string, s dbus.Settings) (string, error) {
+func (m *memory) CreateOffering(_ context.Context, c Caller, name, repository string, s dbus.OfferingOptions) (string, error) {
 	return "O9", m.note(c, "create offering %s %s %v", name, repository, s.Mode != nil)
 }
 
@@ -232,4 +232,12 @@ func (m *memory) CancelJob(_ context.Context, c Caller, id string) error {
 
 func (m *memory) JobLog(_ context.Context, _ string, limit int) ([]dbus.LogMessage, error) {
 	return []dbus.LogMessage{{Level: "info", Message: fmt.Sprintf("limit %d", limit)}}, nil
+}
+
+func (m *memory) SetOverrides(_ context.Context, c Caller, uuid string, o dbus.Overrides, unset []string) error {
+	return m.note(c, "override %s %d of %s, unset %v", uuid, *o.KeepLast, *o.Mode, unset)
+}
+
+func (m *memory) DomainSettings(context.Context, string) ([]dbus.EffectiveSetting, error) {
+	return []dbus.EffectiveSetting{{Key: "keep_last", Value: "4", Source: "domain"}}, nil
 }

@@ -23,6 +23,8 @@ type arguments []any
 
 func (a arguments) text(i int) string { return a[i].(string) }
 
+func (a arguments) texts(i int) []string { return a[i].([]string) }
+
 func (a arguments) number(i int) int { return int(a[i].(uint32)) }
 
 // options reads the last argument.
@@ -75,6 +77,8 @@ func parsers() map[string]parser {
 		"org.virtbackup1.Domain.Backup":       backupDomain,
 		"org.virtbackup1.Domain.FinishChain":  change("finish chain", Backend.FinishChain),
 		"org.virtbackup1.Domain.ListTracking": domainTracking,
+		"org.virtbackup1.Domain.SetOverrides": setOverrides,
+		"org.virtbackup1.Domain.ListSettings": domainSettings,
 		"org.virtbackup1.Domain.ListMarks":    domainMarks,
 
 		"org.virtbackup1.Chain.Verify": startJob("verify chain", Backend.VerifyChain),

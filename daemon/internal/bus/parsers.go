@@ -2,6 +2,7 @@ package bus
 
 import (
 	"context"
+	"errors"
 
 	godbus "github.com/godbus/dbus/v5"
 	"github.com/virtbackup/virtbackup/dbus"
@@ -20,7 +21,7 @@ func createRepository(about dbus.Ref, a arguments) (request, error) {
 
 func createOffering(about dbus.Ref, a arguments) (request, error) {
 	name, repository := a.text(0), a.text(1)
-	var o dbus.Settings
+	var o dbus.OfferingOptions
 	run := func(ctx context.Context, s *Server, c Caller) ([]any, error) {
 		id, err := s.backend.CreateOffering(ctx, c, name, repository, o)
 		return []any{dbus.Ref{Kind: dbus.KindOffering, ID: id}.Path()}, s.done(c, "create offering "+name, about, err)
@@ -137,6 +138,23 @@ func backupDomain(about dbus.Ref, a arguments) (request, error) {
 		r.names = map[string]string{dbus.DetailOffering: ""}
 	}
 	return r, nil
+}
+
+func setOverrides(about dbus.Ref, a arguments) (request, error) {
+	var o dbus.Overrides
+	unset := a.texts(1)
+	run := func(ctx context.Context, s *Server, c Caller) ([]any, error) {
+		return nil, s.done(c, "override settings of domain", about, s.backend.SetOverrides(ctx, c, about.ID, o, unset))
+	}
+	return request{run: run}, errors.Join(dbus.DecodeOptions(a[0].(map[string]godbus.Variant), &o), a.options(&dbus.NoOptions{}))
+}
+
+func domainSettings(about dbus.Ref, _ arguments) (request, error) {
+	run := func(ctx context.Context, s *Server, _ Caller) ([]any, error) {
+		settings, err := s.backend.DomainSettings(ctx, about.ID)
+		return []any{dbus.EncodeRecords(settings)}, err
+	}
+	return request{run: run}, nil
 }
 
 func domainTracking(about dbus.Ref, _ arguments) (request, error) {

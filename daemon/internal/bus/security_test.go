@@ -102,7 +102,7 @@ func TestDetailsAreOfWhatIsUsed(t *testing.T) {
 		{func() error { _, err := c.FindBackup(ctx, "01JD8Q4M6Z3V5W7X9YA"); return err }, "web/" + webUUID + "/nas/daily/" + backupID},
 		{func() error { _, err := c.FindDomain(ctx, mailUUID); return err }, "mail/" + mailUUID + "///"},
 		{func() error { return c.CancelJob(ctx, jobID) }, "web/" + webUUID + "///"},
-		{func() error { _, err := c.CreateOffering(ctx, "hourly", "R2", dbus.Settings{}); return err }, "//tape/hourly/"},
+		{func() error { _, err := c.CreateOffering(ctx, "hourly", "R2", dbus.OfferingOptions{}); return err }, "//tape/hourly/"},
 		{func() error {
 			_, _, err := c.CreateRepository(ctx, "new", "dir", "/x", dbus.CreateRepositoryOptions{})
 			return err

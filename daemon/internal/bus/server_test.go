@@ -98,7 +98,7 @@ func TestClientReachesEveryCallOfTheBackend(t *testing.T) {
 	if repository != "R9" || probe != jobID || err != nil {
 		t.Error(repository, probe, err)
 	}
-	if id, err := c.CreateOffering(ctx, "monthly", "nas", dbus.Settings{Mode: &mode}); id != "O9" || err != nil {
+	if id, err := c.CreateOffering(ctx, "monthly", "nas", dbus.OfferingOptions{Overrides: dbus.Overrides{Settings: dbus.Settings{Mode: &mode}}}); id != "O9" || err != nil {
 		t.Error(id, err)
 	}
 	ok(c.Reload(ctx))

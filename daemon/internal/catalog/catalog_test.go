@@ -45,7 +45,7 @@ func fixture(t testing.TB, c *Catalog) {
 }
 
 var settings = Settings{Mode: chain.ModeIncremental, Compression: "zstd", Level: 3, Threads: 2, ChainSize: 7, Quiesce: "agent",
-	QuiescePolicy: "prefer", Tracking: chain.Digest, Fallback: chain.FallbackFull}
+	QuiescePolicy: "prefer", Tracking: chain.Digest, Fallback: chain.FallbackFull, CompressionTime: "inline"}
 
 func must(t testing.TB, err error) {
 	t.Helper()
@@ -123,7 +123,7 @@ func TestInventory(t *testing.T) {
 	mustBe(t, ErrInUse, c.RemoveOffering(ctx, "daily"))
 	domains, err := c.Domains(ctx, "")
 	must(t, err)
-	if diff := cmp.Diff([]Domain{{"d2", "db", ""}, {"d1", "web-renamed", "daily"}}, domains); diff != "" {
+	if diff := cmp.Diff([]Domain{{UUID: "d2", Name: "db"}, {UUID: "d1", Name: "web-renamed", Offering: "daily"}}, domains); diff != "" {
 		t.Error(diff)
 	}
 	if domains, err = c.Domains(ctx, "daily"); err != nil || len(domains) != 1 {
@@ -131,12 +131,21 @@ func TestInventory(t *testing.T) {
 	}
 
 	changed := Offering{Name: "daily", Repository: "r2", Settings: Settings{Mode: chain.ModeFull, Compression: "none", Quiesce: "none",
-		QuiescePolicy: "require", Tracking: chain.CBT, Fallback: chain.FallbackDigest}, Created: epoch}
+		QuiescePolicy: "require", Tracking: chain.CBT, Fallback: chain.FallbackDigest,
+		CompressionTime: "deferred", Include: []string{"vda"}, Exclude: []string{"vdb", "vdc"}, Volatile: true}, Created: epoch,
+		Description: "for the shop", Origin: "/etc/virtbackup/offerings.d/daily.toml", Disabled: true,
+		Retention:  Retention{Last: 1, Hourly: 2, Daily: 3, Weekly: 4, Monthly: 5, Yearly: 6},
+		Rights:     Rights{Users: []string{"ann", "@ops"}, Backups: true, Schedules: false, QuickRestore: true, FileExtraction: false},
+		Validation: Validation{Validate: true, Steps: []string{"screenshot"}}}
 	must(t, c.UpdateOffering(ctx, changed))
 	got, err := c.Offering(ctx, "daily")
 	must(t, err)
 	if diff := cmp.Diff(changed, got); diff != "" {
 		t.Error(diff)
+	}
+	must(t, c.OverrideDomain(ctx, "d1", "web", []byte(`{"Mode":"full"}`)))
+	if d, err := c.Domain(ctx, "d1"); err != nil || string(d.Overrides) != `{"Mode":"full"}` || d.Offering != "daily" || d.Name != "web" {
+		t.Errorf("got %+v, %v", d, err)
 	}
 	must(t, c.RemoveRepository(ctx, "r1"))
 	must(t, c.UnassignDomain(ctx, "d1"))

@@ -1,6 +1,7 @@
 package catalog
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"encoding/json"
@@ -91,11 +92,11 @@ func insertBackup(ctx context.Context, tx *sql.Tx, b Backup) error {
 	}
 	_, err := tx.ExecContext(ctx, `INSERT INTO backups (id, domain, domain_name, chain, parent, repository, job, kind, state, cause,
 		isolated, consistency, created, finished, size, stored_bytes, data_bytes, error,
-		offering, mode, compression, level, threads, chain_size, quiesce, quiesce_policy, tracking, fallback, mark, manifest)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'running', ?, ?, ?, ?, 0, ?, 0, 0, '', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '')`,
+		offering, mode, compression, compression_time, level, threads, chain_size, quiesce, quiesce_policy, tracking, fallback, mark, manifest)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'running', ?, ?, ?, ?, 0, ?, 0, 0, '', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '')`,
 		b.ID, b.Domain, b.DomainName, null(b.Chain), null(b.Parent), b.Repository, b.Job, b.Kind, b.Cause,
 		b.Isolated, b.Consistency, toMicro(b.Created), b.Size,
-		b.Offering, b.Mode, b.Compression, b.Level, b.Threads, b.ChainSize, b.Quiesce, b.QuiescePolicy, b.Tracking, b.Fallback, b.Mark)
+		b.Offering, b.Mode, b.Compression, cmp.Or(b.CompressionTime, "inline"), b.Level, b.Threads, b.ChainSize, b.Quiesce, b.QuiescePolicy, b.Tracking, b.Fallback, b.Mark)
 	return err
 }
 

@@ -3,10 +3,9 @@ package catalog
 import (
 	"context"
 	"database/sql"
+	"encoding/json"
 	"fmt"
 	"time"
-
-	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 )
 
 // Repository is secondary storage that is known to this host.
@@ -28,34 +27,13 @@ type Finding struct {
 	Checked     time.Time
 }
 
-// Settings are the options of an offering; a backup records those it ran with.
-type Settings struct {
-	Mode        chain.Mode
-	Compression string // "none", "zlib", "zstd"
-	Level       int    // 0: the compression's default
-	Threads     int    // 0: as many as the host allows
-	ChainSize   int    // backups in a chain, the full one included; 0: no bound
-	Quiesce     string // "none", "agent", "suspend"
-	// QuiescePolicy is "require", which fails when the guest cannot be quiesced, or "prefer".
-	QuiescePolicy string
-	Tracking      chain.Tracking // CBT, Digest or Snapshot
-	Fallback      chain.Fallback
-}
-
-// Offering is a named set of backup options.
-type Offering struct {
-	ID         string // ULID; the name is what other records know it by
-	Name       string
-	Repository string // id
-	Settings
-	Created time.Time
-}
-
 // Domain is a libvirt domain that was assigned, backed up, or both.
 type Domain struct {
 	UUID     string
 	Name     string // last seen
 	Offering string // "" if it is assigned to none
+	// Overrides are what it has in place of its offering's settings, as JSON; nil for nothing.
+	Overrides json.RawMessage
 }
 
 // CreateRepository adds a repository. ErrExists: its id, name or path is taken.
@@ -123,66 +101,6 @@ func (c *Catalog) Repositories(ctx context.Context) (all []Repository, err error
 	return all, err
 }
 
-// CreateOffering adds an offering. ErrExists: the name is taken; ErrNotFound: no such repository.
-func (c *Catalog) CreateOffering(ctx context.Context, o Offering) error {
-	return c.write(ctx, "create offering "+o.Name, func(tx *sql.Tx) error {
-		if err := mustExist(ctx, tx, "repository", "repositories", "id", o.Repository); err != nil {
-			return err
-		}
-		_, err := tx.ExecContext(ctx, `INSERT INTO offerings
-			(id, name, repository, mode, compression, level, threads, chain_size, quiesce, quiesce_policy, tracking, fallback, created)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-			o.ID, o.Name, o.Repository, o.Mode, o.Compression, o.Level, o.Threads, o.ChainSize, o.Quiesce, o.QuiescePolicy, o.Tracking, o.Fallback, toMicro(o.Created))
-		return err
-	})
-}
-
-// UpdateOffering replaces repository and settings of the offering with this name.
-func (c *Catalog) UpdateOffering(ctx context.Context, o Offering) error {
-	return c.write(ctx, "update offering "+o.Name, func(tx *sql.Tx) error {
-		if err := mustExist(ctx, tx, "repository", "repositories", "id", o.Repository); err != nil {
-			return err
-		}
-		return exactlyOne(tx.ExecContext(ctx, `UPDATE offerings SET
-			repository = ?, mode = ?, compression = ?, level = ?, threads = ?, chain_size = ?, quiesce = ?, quiesce_policy = ?, tracking = ?, fallback = ?
-			WHERE name = ?`,
-			o.Repository, o.Mode, o.Compression, o.Level, o.Threads, o.ChainSize, o.Quiesce, o.QuiescePolicy, o.Tracking, o.Fallback, o.Name))
-	})
-}
-
-// RemoveOffering forgets an offering. ErrInUse: a domain is assigned to it.
-func (c *Catalog) RemoveOffering(ctx context.Context, name string) error {
-	return c.write(ctx, "remove offering "+name, func(tx *sql.Tx) error {
-		return exactlyOne(tx.ExecContext(ctx, "DELETE FROM offerings WHERE name = ?", name))
-	})
-}
-
-const offeringColumns = "id, name, repository, mode, compression, level, threads, chain_size, quiesce, quiesce_policy, tracking, fallback, created"
-
-func scanOffering(from row) (o Offering, err error) {
-	err = from.Scan(&o.ID, &o.Name, &o.Repository, &o.Mode, &o.Compression, &o.Level, &o.Threads, &o.ChainSize, &o.Quiesce, &o.QuiescePolicy, &o.Tracking, &o.Fallback,
-		timestamp{&o.Created})
-	return o, err
-}
-
-// Offering returns the offering with this name.
-func (c *Catalog) Offering(ctx context.Context, name string) (o Offering, err error) {
-	err = c.read(ctx, "read offering "+name, func(tx *sql.Tx) (err error) {
-		o, err = scanOffering(tx.QueryRowContext(ctx, "SELECT "+offeringColumns+" FROM offerings WHERE name = ?", name))
-		return err
-	})
-	return o, err
-}
-
-// Offerings returns all offerings by name.
-func (c *Catalog) Offerings(ctx context.Context) (all []Offering, err error) {
-	err = c.read(ctx, "list offerings", func(tx *sql.Tx) (err error) {
-		all, err = collect(ctx, tx, scanOffering, "SELECT "+offeringColumns+" FROM offerings ORDER BY name")
-		return err
-	})
-	return all, err
-}
-
 // SeenDomain records a domain and its name, and leaves its offering as it is.
 func (c *Catalog) SeenDomain(ctx context.Context, uuid, name string) error {
 	return c.write(ctx, "record domain "+uuid, func(tx *sql.Tx) error { return seenDomain(ctx, tx, uuid, name) })
@@ -214,15 +132,30 @@ func (c *Catalog) UnassignDomain(ctx context.Context, uuid string) error {
 	})
 }
 
+// OverrideDomain records what a domain has in place of its offering's settings,
+// and the domain if it is not known yet.
+func (c *Catalog) OverrideDomain(ctx context.Context, uuid, name string, overrides json.RawMessage) error {
+	return c.write(ctx, "override settings of domain "+name, func(tx *sql.Tx) error {
+		if err := seenDomain(ctx, tx, uuid, name); err != nil {
+			return err
+		}
+		return exactlyOne(tx.ExecContext(ctx, "UPDATE domains SET overrides = ? WHERE uuid = ?", string(overrides), uuid))
+	})
+}
+
 func scanDomain(from row) (d Domain, err error) {
-	err = from.Scan(&d.UUID, &d.Name, &d.Offering)
+	var overrides string
+	err = from.Scan(&d.UUID, &d.Name, &d.Offering, &overrides)
+	d.Overrides = raw(overrides)
 	return d, err
 }
+
+const domainColumns = "uuid, name, coalesce(offering, ''), overrides"
 
 // Domain returns what is known of a domain.
 func (c *Catalog) Domain(ctx context.Context, uuid string) (d Domain, err error) {
 	err = c.read(ctx, "read domain "+uuid, func(tx *sql.Tx) (err error) {
-		d, err = scanDomain(tx.QueryRowContext(ctx, "SELECT uuid, name, coalesce(offering, '') FROM domains WHERE uuid = ?", uuid))
+		d, err = scanDomain(tx.QueryRowContext(ctx, "SELECT "+domainColumns+" FROM domains WHERE uuid = ?", uuid))
 		return err
 	})
 	return d, err
@@ -231,7 +164,7 @@ func (c *Catalog) Domain(ctx context.Context, uuid string) (d Domain, err error)
 // Domains returns the known domains by name; with an offering, only those assigned to it.
 func (c *Catalog) Domains(ctx context.Context, offering string) (all []Domain, err error) {
 	err = c.read(ctx, "list domains", func(tx *sql.Tx) (err error) {
-		all, err = collect(ctx, tx, scanDomain, `SELECT uuid, name, coalesce(offering, '') FROM domains
+		all, err = collect(ctx, tx, scanDomain, "SELECT "+domainColumns+` FROM domains
 			WHERE ?1 = '' OR offering = ?1 ORDER BY name, uuid`, offering)
 		return err
 	})

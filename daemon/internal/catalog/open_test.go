@@ -18,6 +18,8 @@ import (
 	"testing/fstest"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 func TestOpenIsPrivateAndDurable(t *testing.T) {
@@ -95,7 +97,7 @@ func TestMigrationKeepsACopy(t *testing.T) {
 	old, err := open(ctx, kept, schema)
 	must(t, err)
 	defer func() { must(t, old.Close()) }()
-	if o, err := old.Offering(ctx, "daily"); err != nil || o.Settings != settings {
+	if o, err := old.Offering(ctx, "daily"); err != nil || !cmp.Equal(o.Settings, settings) {
 		t.Errorf("the copy has %+v, %v", o, err)
 	}
 }

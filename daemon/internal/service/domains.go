@@ -107,13 +107,19 @@ func (s *Service) protection(ctx context.Context, p *dbus.DomainProperties) erro
 // disk would be in it.
 func (s *Service) disks(ctx context.Context, d hypervisor.Domain, known catalog.Domain, p *dbus.DomainProperties) error {
 	var next []dbus.DomainTracking
+	settings := defaultSettings()
 	if known.Offering != "" {
 		o, err := s.Catalog.Offering(ctx, known.Offering)
 		if err != nil {
 			return err
 		}
+		e, err := effectiveOf(&o, known)
+		if err != nil {
+			return err
+		}
+		settings = e.Settings
 		var head catalog.Head
-		if head, next, err = s.next(ctx, p.UUID, d, target{o.Repository, o.Name, o.Settings}); err != nil {
+		if head, next, err = s.next(ctx, p.UUID, d, target{o.Repository, o.Name, settings}); err != nil {
 			return err
 		}
 		if head.State == chain.Open {
@@ -124,7 +130,7 @@ func (s *Service) disks(ctx context.Context, d hypervisor.Domain, known catalog.
 		one := dbus.DomainDisk{
 			Target: disk.Target, Source: disk.Source, Format: disk.Format, Size: disk.Capacity, Tracking: dbus.TrackingNone,
 		}
-		reason := backup.Skip(disk)
+		reason := backup.Skip(disk, settings)
 		one.Included, one.Cause = reason == "", reason
 		if i := slices.IndexFunc(next, func(t dbus.DomainTracking) bool { return t.Target == disk.Target }); i >= 0 {
 			one.Tracking, one.Cause, one.Since = next[i].Tracking, next[i].Cause, next[i].Since
@@ -211,7 +217,11 @@ func (s *Service) BackupDomain(ctx context.Context, caller bus.Caller, uuid stri
 
 // backupSettings finds where a backup goes and with which settings.
 func (s *Service) backupSettings(ctx context.Context, d hypervisor.Domain, o dbus.BackupOptions, r *backup.Request) error {
-	base := defaultSettings()
+	known, err := s.Catalog.Domain(ctx, d.UUID)
+	if err != nil && !errors.Is(err, catalog.ErrNotFound) {
+		return failure.Named(err)
+	}
+	var of *catalog.Offering
 	switch {
 	case o.Offering != "" && o.Repository != "":
 		return dbus.Errorf(dbus.ErrInvalidArgument, "give an offering or a repository, not both")
@@ -226,10 +236,13 @@ func (s *Service) backupSettings(ctx context.Context, d hypervisor.Domain, o dbu
 		if err != nil {
 			return err
 		}
-		r.Offering, r.Repository, base = offering.Name, offering.Repository, offering.Settings
+		r.Offering, r.Repository, of = offering.Name, offering.Repository, &offering
 	}
-	var err error
-	r.Settings, err = override(base, o.Settings)
+	e, err := effectiveOf(of, known)
+	if err != nil {
+		return err
+	}
+	r.Settings, err = override(e.Settings, o.Settings)
 	return err
 }
 

@@ -90,6 +90,12 @@ func (s *Service) offeringRecord(ctx context.Context, o catalog.Offering) (dbus.
 		CompressionLevel: uint32(o.Level), Threads: uint32(o.Threads), ChainSize: uint32(o.ChainSize),
 		Quiesce: dbus.Quiesce(o.Quiesce), QuiescePolicy: dbus.QuiescePolicy(o.QuiescePolicy),
 		Tracking: dbus.Tracking(o.Tracking), Fallback: dbus.Fallback(o.Fallback), Created: o.Created,
+		Description: o.Description, Origin: o.Origin, Disabled: o.Disabled, Users: o.Users,
+		AllowUserBackups: o.Backups, AllowUserSchedules: o.Schedules, AllowQuickRestore: o.QuickRestore, AllowFileExtraction: o.FileExtraction,
+		Validate: o.Validate, ValidationSteps: o.Steps, CompressionTime: dbus.CompressionTime(o.CompressionTime),
+		IncludeDisks: o.Include, ExcludeDisks: o.Exclude, VolatileDisks: o.Volatile,
+		KeepLast: uint32(o.Last), KeepHourly: uint32(o.Hourly), KeepDaily: uint32(o.Daily),
+		KeepWeekly: uint32(o.Weekly), KeepMonthly: uint32(o.Monthly), KeepYearly: uint32(o.Yearly),
 	}
 	for _, d := range assigned {
 		p.Domains = append(p.Domains, d.UUID)

@@ -1,6 +1,7 @@
 package service
 
 import (
+	"errors"
 	"testing"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/bus"
@@ -21,7 +22,7 @@ func withRepositories(t *testing.T, s *Service, names ...string) {
 // makeOffering makes an offering and returns its id.
 func makeOffering(t *testing.T, s *Service, name, repository string, settings dbus.Settings) string {
 	t.Helper()
-	id, err := s.CreateOffering(t.Context(), bus.Caller{}, name, repository, settings)
+	id, err := s.CreateOffering(t.Context(), bus.Caller{}, name, repository, settingsOnly(settings))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -45,7 +46,7 @@ func TestOfferingTellsHowChangesAreFound(t *testing.T) {
 		t.Errorf("of nothing said: %+v", o)
 	}
 	for _, tracking := range []dbus.Tracking{dbus.TrackingSnapshot, dbus.TrackingDigest} {
-		if err := s.UpdateOffering(t.Context(), bus.Caller{}, id, dbus.UpdateOfferingOptions{Settings: dbus.Settings{Tracking: &tracking}}); err != nil {
+		if err := s.UpdateOffering(t.Context(), bus.Caller{}, id, dbus.UpdateOfferingOptions{OfferingOptions: settingsOnly(dbus.Settings{Tracking: &tracking})}); err != nil {
 			t.Fatal(err)
 		}
 		if o := offering(t, s, id); o.Tracking != tracking || o.Fallback != dbus.FallbackDigest || o.QuiescePolicy != dbus.QuiesceRequire {
@@ -56,5 +57,67 @@ func TestOfferingTellsHowChangesAreFound(t *testing.T) {
 	id = makeOffering(t, s, "weekly", "nas", dbus.Settings{Fallback: &fallback, QuiescePolicy: &policy})
 	if o := offering(t, s, id); o.Tracking != dbus.TrackingCBT || o.Fallback != fallback || o.QuiescePolicy != policy {
 		t.Errorf("%+v", o)
+	}
+}
+
+func settingsOnly(s dbus.Settings) dbus.OfferingOptions {
+	return dbus.OfferingOptions{Overrides: dbus.Overrides{Settings: s}}
+}
+
+func TestDomainsOwnSettingsGoBeforeItsOfferings(t *testing.T) {
+	s, _ := newService(t)
+	withRepositories(t, s, "nas")
+	makeOffering(t, s, "daily", "nas", dbus.Settings{ChainSize: new(uint32(3))})
+	const uuid = "d1"
+	if err := s.Catalog.AssignDomain(t.Context(), uuid, "web", "daily"); err != nil {
+		t.Fatal(err)
+	}
+	of := func(key string) string {
+		t.Helper()
+		all, err := s.DomainSettings(t.Context(), uuid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, one := range all {
+			if one.Key == key {
+				return one.Value + " of the " + one.Source
+			}
+		}
+		t.Fatalf("no %s among %v", key, all)
+		return ""
+	}
+	set := func(o dbus.Overrides, unset ...string) error {
+		return s.SetOverrides(t.Context(), bus.Caller{}, uuid, o, unset)
+	}
+	own := dbus.Overrides{Settings: dbus.Settings{Mode: new(dbus.ModeFull), ExcludeDisks: new([]string{"vdb", "vdc"})}, Retention: dbus.Retention{KeepLast: new(uint32(4))}}
+	if err := set(own); err != nil {
+		t.Fatal(err)
+	}
+	for key, want := range map[string]string{
+		"mode": "full of the domain", "chain_size": "3 of the offering", "exclude_disks": "vdb, vdc of the domain", "keep_last": "4 of the domain",
+	} {
+		if got := of(key); got != want {
+			t.Errorf("%s: %s, and not %s", key, got, want)
+		}
+	}
+	if r, err := s.EffectiveRetention(t.Context(), uuid); err != nil || r != (catalog.Retention{Last: 4}) {
+		t.Errorf("kept are %+v, %v", r, err)
+	}
+	if err := set(dbus.Overrides{}, "mode", "keep_last"); err != nil {
+		t.Fatal(err)
+	}
+	if got := of("mode") + ", " + of("keep_last") + ", " + of("exclude_disks"); got != "incremental of the offering, 0 of the offering, vdb, vdc of the domain" {
+		t.Error(got)
+	}
+	for name, err := range map[string]error{
+		"disk":    set(dbus.Overrides{Settings: dbus.Settings{IncludeDisks: new([]string{"../x"})}}),
+		"both":    set(dbus.Overrides{Settings: dbus.Settings{IncludeDisks: new([]string{"vdb"})}}),
+		"key":     set(dbus.Overrides{}, "size"),
+		"step":    set(dbus.Overrides{Validation: dbus.Validation{ValidationSteps: new([]string{"rm"})}}),
+		"too far": set(dbus.Overrides{Retention: dbus.Retention{KeepDaily: new(uint32(1 << 30))}}),
+	} {
+		if !errors.Is(err, dbus.ErrInvalidArgument) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }

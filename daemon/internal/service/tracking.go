@@ -56,7 +56,11 @@ func (s *Service) targets(ctx context.Context, uuid string) ([]target, error) {
 		if err != nil {
 			return nil, err
 		}
-		all = append(all, target{o.Repository, o.Name, o.Settings})
+		e, err := effectiveOf(&o, known)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, target{o.Repository, o.Name, e.Settings})
 	}
 	chains, err := s.Catalog.Chains(ctx, uuid)
 	if err != nil {
@@ -66,12 +70,17 @@ func (s *Service) targets(ctx context.Context, uuid string) ([]target, error) {
 		if c.State != chain.Open || slices.ContainsFunc(all, func(t target) bool { return t.repository == c.Repository }) {
 			continue
 		}
-		t := target{c.Repository, "", defaultSettings()}
+		t, of := target{repository: c.Repository}, (*catalog.Offering)(nil)
 		if o, err := s.Catalog.Offering(ctx, c.Offering); err == nil {
-			t.offering, t.settings = o.Name, o.Settings
+			t.offering, of = o.Name, &o
 		} else if !errors.Is(err, catalog.ErrNotFound) {
 			return nil, err
 		}
+		e, err := effectiveOf(of, known)
+		if err != nil {
+			return nil, err
+		}
+		t.settings = e.Settings
 		all = append(all, t)
 	}
 	return all, nil

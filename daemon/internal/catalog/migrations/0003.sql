@@ -3,6 +3,31 @@
 
 -- == offerings and domains
 
+ALTER TABLE offerings ADD COLUMN description TEXT NOT NULL DEFAULT '';
+ALTER TABLE offerings ADD COLUMN origin TEXT NOT NULL DEFAULT ''; -- the file that it is read from; '' if it was made by a call
+ALTER TABLE offerings ADD COLUMN disabled INTEGER NOT NULL DEFAULT 0; -- it makes no backups
+ALTER TABLE offerings ADD COLUMN users TEXT NOT NULL DEFAULT '[]'; -- JSON: users, and groups with an @ before; empty: everybody
+ALTER TABLE offerings ADD COLUMN user_backups INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE offerings ADD COLUMN user_schedules INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE offerings ADD COLUMN quick_restore INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE offerings ADD COLUMN file_extraction INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE offerings ADD COLUMN validate INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE offerings ADD COLUMN validation_steps TEXT NOT NULL DEFAULT '[]'; -- JSON
+ALTER TABLE offerings ADD COLUMN compression_time TEXT NOT NULL DEFAULT 'inline' CHECK (compression_time IN ('inline', 'deferred'));
+ALTER TABLE offerings ADD COLUMN include_disks TEXT NOT NULL DEFAULT '[]'; -- JSON: targets; empty: all
+ALTER TABLE offerings ADD COLUMN exclude_disks TEXT NOT NULL DEFAULT '[]'; -- JSON: targets
+ALTER TABLE offerings ADD COLUMN volatile_disks INTEGER NOT NULL DEFAULT 0; -- transient disks are backed up too
+ALTER TABLE offerings ADD COLUMN keep_last INTEGER NOT NULL DEFAULT 0; -- backups; all of these 0: nothing is ever removed
+ALTER TABLE offerings ADD COLUMN keep_hourly INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE offerings ADD COLUMN keep_daily INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE offerings ADD COLUMN keep_weekly INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE offerings ADD COLUMN keep_monthly INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE offerings ADD COLUMN keep_yearly INTEGER NOT NULL DEFAULT 0;
+
+ALTER TABLE domains ADD COLUMN overrides TEXT NOT NULL DEFAULT ''; -- JSON: what it has in place of its offering's settings
+
+ALTER TABLE backups ADD COLUMN compression_time TEXT NOT NULL DEFAULT 'inline';
+
 
 -- == schedules
 

@@ -1,0 +1,125 @@
+package service
+
+import (
+	"context"
+	"regexp"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/bus"
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/failure"
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+// CreateOffering makes a named set of backup options.
+func (s *Service) CreateOffering(ctx context.Context, _ bus.Caller, name, repository string, o dbus.OfferingOptions) (string, error) {
+	if err := validName("an offering", name); err != nil {
+		return "", err
+	}
+	ref, err := s.Find(ctx, dbus.KindRepository, repository)
+	if err != nil {
+		return "", err
+	}
+	made := defaultOffering(name)
+	made.ID, made.Repository, made.Created = newID(), ref.ID, time.Now()
+	if err := change(&made, o); err != nil {
+		return "", err
+	}
+	if err := s.Catalog.CreateOffering(ctx, made); err != nil {
+		return "", failure.Named(err)
+	}
+	s.notifier.Added(dbus.Ref{Kind: dbus.KindOffering, ID: made.ID})
+	return made.ID, nil
+}
+
+// defaultOffering is one of which nothing is said.
+func defaultOffering(name string) catalog.Offering {
+	return catalog.Offering{
+		Name: name, Settings: defaultSettings(),
+		Rights: catalog.Rights{Backups: true, Schedules: true, QuickRestore: true, FileExtraction: true},
+	}
+}
+
+// change applies what is given to an offering, and checks that it fits.
+func change(o *catalog.Offering, given dbus.OfferingOptions) error {
+	set(&o.Description, given.Description)
+	set(&o.Disabled, given.Disabled)
+	set(&o.Users, given.Users)
+	set(&o.Backups, given.AllowUserBackups)
+	set(&o.Schedules, given.AllowUserSchedules)
+	set(&o.QuickRestore, given.AllowQuickRestore)
+	set(&o.FileExtraction, given.AllowFileExtraction)
+	if err := fitOffering(*o); err != nil {
+		return err
+	}
+	e := effective{o.Settings, o.Retention, o.Validation}
+	if err := e.apply(given.Overrides); err != nil {
+		return err
+	}
+	o.Settings, o.Retention, o.Validation = e.Settings, e.Retention, e.Validation
+	return nil
+}
+
+// descriptionLimit is the most that a description may have, in bytes.
+const descriptionLimit = 1000
+
+func fitOffering(o catalog.Offering) error {
+	if len(o.Description) > descriptionLimit || strings.ContainsFunc(o.Description, unicode.IsControl) {
+		return dbus.Errorf(dbus.ErrInvalidArgument, "the description has %d bytes or a control character: at most %d, in one line", len(o.Description), descriptionLimit)
+	}
+	for _, u := range o.Users {
+		if !userPattern.MatchString(u) {
+			return dbus.Errorf(dbus.ErrInvalidArgument, "%q is not the name of a user, or of a group with an @ before", u)
+		}
+	}
+	return nil
+}
+
+// userPattern is what useradd(8) takes, and an @ before a group.
+var userPattern = regexp.MustCompile(`^@?[A-Za-z_][A-Za-z0-9_.-]{0,63}\$?$`)
+
+// UpdateOffering changes an offering. Its domains' chains end when the next
+// backup is made, as far as the change asks for it.
+func (s *Service) UpdateOffering(ctx context.Context, _ bus.Caller, id string, o dbus.UpdateOfferingOptions) error {
+	changed, err := s.offeringByID(ctx, id)
+	if err != nil {
+		return failure.Named(err)
+	}
+	if o.Repository != nil {
+		ref, err := s.Find(ctx, dbus.KindRepository, *o.Repository)
+		if err != nil {
+			return err
+		}
+		changed.Repository = ref.ID
+	}
+	if err := change(&changed, o.OfferingOptions); err != nil {
+		return err
+	}
+	if err := s.Catalog.UpdateOffering(ctx, changed); err != nil {
+		return failure.Named(err)
+	}
+	s.notifier.Changed(dbus.Ref{Kind: dbus.KindOffering, ID: id})
+	return nil
+}
+
+// RemoveOffering forgets an offering that no domain is assigned to.
+func (s *Service) RemoveOffering(ctx context.Context, _ bus.Caller, id string) error {
+	o, err := s.offeringByID(ctx, id)
+	if err != nil {
+		return failure.Named(err)
+	}
+	assigned, err := s.Catalog.Domains(ctx, o.Name)
+	if err != nil {
+		return failure.Named(err)
+	}
+	if len(assigned) > 0 {
+		return dbus.Errorf(dbus.ErrBusy, "domain %q (of %d) is assigned to offering %q: unassign it first", assigned[0].Name, len(assigned), o.Name)
+	}
+	if err := s.Catalog.RemoveOffering(ctx, o.Name); err != nil {
+		return failure.Named(err)
+	}
+	s.notifier.Removed(dbus.Ref{Kind: dbus.KindOffering, ID: id})
+	return nil
+}

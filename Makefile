@@ -73,6 +73,7 @@ build-%:
 # Kinds of files and where each goes, below PREFIX.
 FILES := \
 	lib/systemd/system:$(wildcard systemd/*.service systemd/*.slice systemd/*.socket systemd/*.timer) \
+	lib/systemd/catalog:$(wildcard daemon/internal/journal/*.catalog) \
 	share/dbus-1/system.d:$(wildcard dbus/*.conf) \
 	share/dbus-1/system-services:$(wildcard dbus/*.service) \
 	share/dbus-1/interfaces:$(wildcard dbus/*.xml) \
@@ -85,6 +86,7 @@ install: ## install what "make build" built (DESTDIR, PREFIX, SYSCONFDIR)
 		case $$file in *:*) dir=$(DESTDIR)$(PREFIX)/$${file%%:*}; file=$${file#*:} ;; esac; \
 		[ -z "$$file" ] || install -D -m 644 "$$file" "$$dir/$${file##*/}"; \
 	done
+	@[ -n "$(DESTDIR)" ] || ! command -v journalctl >/dev/null || journalctl --update-catalog
 ifneq ($(filter virtbackup-hook,$(BUILT)),)
 	@[ -e $(HOOK) ] || echo 'Reload libvirtd (systemctl reload libvirtd): it looks for hooks when it starts and when it is reloaded.'
 	@install -D -m 755 bin/virtbackup-hook $(HOOK)

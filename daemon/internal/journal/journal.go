@@ -3,6 +3,7 @@
 //
 // Attributes become fields that start with VIRTBACKUP_, so that
 // "journalctl VIRTBACKUP_DOMAIN=…" finds all that was done about one domain.
+// Entries that programs wait for have a Message.
 package journal
 
 import (
@@ -20,13 +21,18 @@ import (
 // Keys of attributes that people search for.
 const (
 	Domain     = "domain" // UUID
+	DomainName = "domain_name"
 	Job        = "job"
 	Backup     = "backup"
 	Repository = "repository"
+	Schedule   = "schedule"
 	Error      = "error" // is appended to the message too
 )
 
-const fieldPrefix = "VIRTBACKUP_"
+const (
+	fieldPrefix  = "VIRTBACKUP_"
+	messageField = "MESSAGE_ID"
+)
 
 // NewHandler returns a handler for entries at the given level or above: to the
 // journal when stderr is connected to it, else as text lines to stderr that
@@ -94,6 +100,9 @@ func appendFields(fields []field, group string, a slog.Attr) []field {
 		}
 		return fields
 	}
+	if m, ok := v.Any().(Message); ok {
+		return append(fields, field{messageField, string(m)})
+	}
 	if a.Key == "" {
 		return fields
 	}
@@ -139,6 +148,9 @@ func newTextHandler(out io.Writer, level slog.Leveler) slog.Handler {
 	text := slog.NewTextHandler(line, &slog.HandlerOptions{Level: level, ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
 		if len(groups) == 0 && (a.Key == slog.TimeKey || a.Key == slog.LevelKey) {
 			return slog.Attr{} // whoever reads stderr knows both
+		}
+		if _, ok := a.Value.Any().(Message); ok {
+			return slog.Attr{} // for programs
 		}
 		return a
 	}})

@@ -34,12 +34,14 @@ func TestFields(t *testing.T) {
 	base.With(Domain, "uuid-2").WithGroup("worker").Info("started", "Unit-name", "x.service", slog.Group("", "inline", true))
 	base.Debug("not wanted")
 	log.Warn("plain", "ääh=\n", "x", "", "no key")
+	base.WithGroup("g").With(MessageID, JobFailed).Error("failed")
 	want := []entry{
 		{"cannot back up: disk\nis full", journal.PriErr, map[string]string{"VIRTBACKUP_JOB": "01J", "VIRTBACKUP_KIND": "backup",
 			"VIRTBACKUP_DOMAIN": "uuid-1", "VIRTBACKUP_ERROR": "disk\nis full", "VIRTBACKUP_DISK_TARGET": "vda", "VIRTBACKUP_DISK_SIZE": "10"}},
 		{"started", journal.PriInfo, map[string]string{"VIRTBACKUP_JOB": "01J", "VIRTBACKUP_KIND": "backup", "VIRTBACKUP_DOMAIN": "uuid-2",
 			"VIRTBACKUP_WORKER_UNIT_NAME": "x.service", "VIRTBACKUP_WORKER_INLINE": "true"}},
 		{"plain", journal.PriWarning, map[string]string{"VIRTBACKUP___H__": "x"}},
+		{"failed", journal.PriErr, map[string]string{"VIRTBACKUP_JOB": "01J", "VIRTBACKUP_KIND": "backup", "MESSAGE_ID": string(JobFailed)}},
 	}
 	if diff := cmp.Diff(want, *sent); diff != "" {
 		t.Error(diff)
@@ -70,7 +72,7 @@ func TestTextWithoutJournal(t *testing.T) {
 	t.Setenv("JOURNAL_STREAM", "") // as if started from a terminal
 	var out bytes.Buffer
 	log := slog.New(NewHandler(&out, slog.LevelInfo))
-	log.Info("started", "version", "1.0")
+	log.Info("started", "version", "1.0", MessageID, Ready)
 	log.With(Job, "01J").Warn("two\nlines <0>", Error, errors.New("a\n<0>b"))
 	log.WithGroup("g").Error("failed", "level", "kept")
 	log.Debug("not wanted")

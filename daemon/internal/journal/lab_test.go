@@ -22,7 +22,7 @@ func TestMain(m *testing.M) {
 		os.Exit(m.Run())
 	}
 	log := slog.New(NewHandler(os.Stderr, slog.LevelInfo)).With(Job, "01JTEST")
-	log.Error("cannot back up", Domain, "a\nPRIORITY=0", Error, errors.New("disk\nis full"))
+	log.Error("cannot back up", MessageID, BackupFailed, Domain, "a\nPRIORITY=0", DomainName, "web", Error, errors.New("disk\nis full"))
 	log.Info(strings.Repeat("long ", 100_000)) // more than a datagram holds
 	log.Debug("not wanted")
 }
@@ -53,7 +53,7 @@ func TestJournald(t *testing.T) {
 		}
 		kept := map[string]any{}
 		for key, value := range entry {
-			if key == "MESSAGE" || key == "PRIORITY" || strings.HasPrefix(key, fieldPrefix) {
+			if key == "MESSAGE" || key == "PRIORITY" || key == messageField || strings.HasPrefix(key, fieldPrefix) {
 				kept[key] = value
 			}
 		}
@@ -61,10 +61,22 @@ func TestJournald(t *testing.T) {
 	}
 	want := []map[string]any{
 		{"MESSAGE": "cannot back up: disk\nis full", "PRIORITY": "3", "VIRTBACKUP_JOB": "01JTEST",
-			"VIRTBACKUP_DOMAIN": "a\nPRIORITY=0", "VIRTBACKUP_ERROR": "disk\nis full"},
+			"VIRTBACKUP_DOMAIN": "a\nPRIORITY=0", "VIRTBACKUP_DOMAIN_NAME": "web", "VIRTBACKUP_ERROR": "disk\nis full", "MESSAGE_ID": string(BackupFailed)},
 		{"MESSAGE": strings.Repeat("long ", 100_000), "PRIORITY": "6", "VIRTBACKUP_JOB": "01JTEST"},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
+	}
+	// Of the file here: that of a package may be another.
+	run("install", "-D", "-m", "644", catalogFile, "/etc/systemd/catalog/virtbackup-test.catalog")
+	run("journalctl", "--update-catalog")
+	explained := string(run("journalctl", "--catalog", "--no-pager", "MESSAGE_ID="+string(BackupFailed), "_SYSTEMD_UNIT="+unit))
+	for _, want := range []string{"Subject: Backup of domain web failed", "could not back up the domain web", "put OnFailure= into a drop-in"} {
+		if !strings.Contains(explained, want) {
+			t.Errorf("%q is not in %s", want, explained)
+		}
+	}
+	if listed := string(run("journalctl", "--list-catalog", string(GuestHeld))); !strings.Contains(listed, "virtbackup") {
+		t.Error(listed)
 	}
 }

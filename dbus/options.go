@@ -41,10 +41,19 @@ type Validation struct {
 	ValidationSteps *[]string `dbus:"validation_steps"`
 }
 
+// Rights are what those who are not root may do; what is nil is left as it was.
+type Rights struct {
+	AllowUserBackups    *bool `dbus:"allow_user_backups"`
+	AllowUserSchedules  *bool `dbus:"allow_user_schedules"`
+	AllowQuickRestore   *bool `dbus:"allow_quick_restore"`
+	AllowFileExtraction *bool `dbus:"allow_file_extraction"`
+}
+
 // Overrides are what a domain has in place of its offering's settings.
 type Overrides struct {
 	Settings
 	Retention
+	Rights
 	Validation
 }
 
@@ -53,11 +62,7 @@ type OfferingOptions struct {
 	Description *string `dbus:"description"`
 	Disabled    *bool   `dbus:"disabled"`
 	// Users may use it: names of users, and of groups with an @ before; all when none is named.
-	Users               *[]string `dbus:"users"`
-	AllowUserBackups    *bool     `dbus:"allow_user_backups"`
-	AllowUserSchedules  *bool     `dbus:"allow_user_schedules"`
-	AllowQuickRestore   *bool     `dbus:"allow_quick_restore"`
-	AllowFileExtraction *bool     `dbus:"allow_file_extraction"`
+	Users *[]string `dbus:"users"`
 	Overrides
 }
 

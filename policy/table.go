@@ -66,7 +66,8 @@ func table() map[string]Action {
 		"org.virtbackup1.Domain.Backup":       ActionBackup,
 		"org.virtbackup1.Domain.FinishChain":  ActionManageDomains,
 		"org.virtbackup1.Domain.ListTracking": ActionView,
-		"org.virtbackup1.Domain.SetOverrides": ActionManageDomains,
+		// What a domain has in place of its offering's settings is part of what is sold.
+		"org.virtbackup1.Domain.SetOverrides": ActionManageOfferings,
 		"org.virtbackup1.Domain.ListSettings": ActionView,
 		"org.virtbackup1.Domain.ListMarks":    ActionView,
 

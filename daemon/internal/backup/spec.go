@@ -7,6 +7,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
+	"github.com/virtbackup/virtbackup/dbus"
 )
 
 // exportedBitmap is what NBD calls an exported bitmap (QEMU docs/interop/nbd.txt).
@@ -24,8 +25,11 @@ func (p Plan) scratch(directory, target string) string {
 // backupSpec is what the worker is asked to copy from a server of exports.
 func (p Plan) backupSpec(version string, from server) *transfer.BackupSpec {
 	b := &transfer.BackupSpec{
-		Confirm: from.confirm, Manifest: p.manifest(version), Compression: p.Compression, Level: p.Level, Threads: p.Threads,
+		Confirm: from.confirm, Manifest: p.manifest(version), Compression: p.written(), Level: p.Level, Threads: p.Threads,
 		Files: p.files(),
+	}
+	if b.Compression == string(dbus.CompressionNone) {
+		b.Level = 0
 	}
 	for _, k := range p.Disks {
 		one := transfer.BackupDisk{Target: k.Target, Socket: from.socket, Export: k.Target, Size: k.Size}
@@ -40,6 +44,15 @@ func (p Plan) backupSpec(version string, from server) *transfer.BackupSpec {
 		b.Disks = append(b.Disks, one)
 	}
 	return b
+}
+
+// written is how data is compressed while it is copied: not at all if that is
+// for later.
+func (p Plan) written() string {
+	if p.CompressionTime == string(dbus.CompressionDeferred) {
+		return string(dbus.CompressionNone)
+	}
+	return p.Compression
 }
 
 // manifest is what is known of it before the copy.

@@ -149,7 +149,7 @@ func (s *Service) lookup(ctx context.Context, nameOrUUID string) (hypervisor.Dom
 }
 
 // AssignDomain assigns an offering to a domain that libvirt knows.
-func (s *Service) AssignDomain(ctx context.Context, _ bus.Caller, uuid, offering string) error {
+func (s *Service) AssignDomain(ctx context.Context, caller bus.Caller, uuid, offering string) error {
 	d, err := s.lookup(ctx, uuid)
 	if err != nil {
 		return failure.Named(err)
@@ -161,6 +161,9 @@ func (s *Service) AssignDomain(ctx context.Context, _ bus.Caller, uuid, offering
 	o, err := s.offeringByID(ctx, ref.ID)
 	if err != nil {
 		return failure.Named(err)
+	}
+	if err := s.mayUse(caller, o); err != nil {
+		return err
 	}
 	if err := s.Catalog.AssignDomain(ctx, d.UUID, d.Name, o.Name); err != nil {
 		return failure.Named(err)
@@ -206,8 +209,12 @@ func (s *Service) BackupDomain(ctx context.Context, caller bus.Caller, uuid stri
 		return "", failure.Named(err)
 	}
 	r := backup.Request{Domain: d.UUID, Isolated: o.Isolated, Full: o.Full}
-	if err := s.backupSettings(ctx, d, o, &r); err != nil {
+	named, err := s.backupSettings(ctx, d, o, &r)
+	if err != nil {
 		return "", err
+	}
+	if err := s.mayBackUp(ctx, caller, d.UUID, named); err != nil {
+		return "", failure.Named(err)
 	}
 	if err := s.Catalog.SeenDomain(ctx, d.UUID, d.Name); err != nil {
 		return "", failure.Named(err)
@@ -215,35 +222,35 @@ func (s *Service) BackupDomain(ctx context.Context, caller bus.Caller, uuid stri
 	return s.start(ctx, backup.NewJob(r, caller.UID))
 }
 
-// backupSettings finds where a backup goes and with which settings.
-func (s *Service) backupSettings(ctx context.Context, d hypervisor.Domain, o dbus.BackupOptions, r *backup.Request) error {
+// backupSettings finds where a backup goes and with which settings, and returns
+// the offering; nil for none.
+func (s *Service) backupSettings(ctx context.Context, d hypervisor.Domain, o dbus.BackupOptions, r *backup.Request) (of *catalog.Offering, err error) {
 	known, err := s.Catalog.Domain(ctx, d.UUID)
 	if err != nil && !errors.Is(err, catalog.ErrNotFound) {
-		return failure.Named(err)
+		return nil, failure.Named(err)
 	}
-	var of *catalog.Offering
 	switch {
 	case o.Offering != "" && o.Repository != "":
-		return dbus.Errorf(dbus.ErrInvalidArgument, "give an offering or a repository, not both")
+		return nil, dbus.Errorf(dbus.ErrInvalidArgument, "give an offering or a repository, not both")
 	case o.Repository != "":
 		ref, err := s.Find(ctx, dbus.KindRepository, o.Repository)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		r.Repository = ref.ID
 	default:
 		offering, err := s.offeringFor(ctx, d, o.Offering)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		r.Offering, r.Repository, of = offering.Name, offering.Repository, &offering
 	}
 	e, err := effectiveOf(of, known)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	r.Settings, err = override(e.Settings, o.Settings)
-	return err
+	r.Settings = override(e.Settings, o.Settings)
+	return of, fit(r.Settings)
 }
 
 // offeringFor returns the offering named, or else the one assigned.

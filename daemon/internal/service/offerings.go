@@ -1,6 +1,7 @@
 package service
 
 import (
+	"cmp"
 	"context"
 	"regexp"
 	"strings"
@@ -47,19 +48,10 @@ func change(o *catalog.Offering, given dbus.OfferingOptions) error {
 	set(&o.Description, given.Description)
 	set(&o.Disabled, given.Disabled)
 	set(&o.Users, given.Users)
-	set(&o.Backups, given.AllowUserBackups)
-	set(&o.Schedules, given.AllowUserSchedules)
-	set(&o.QuickRestore, given.AllowQuickRestore)
-	set(&o.FileExtraction, given.AllowFileExtraction)
-	if err := fitOffering(*o); err != nil {
-		return err
-	}
-	e := effective{o.Settings, o.Retention, o.Validation}
-	if err := e.apply(given.Overrides); err != nil {
-		return err
-	}
-	o.Settings, o.Retention, o.Validation = e.Settings, e.Retention, e.Validation
-	return nil
+	e := effectiveIn(*o)
+	e.apply(given.Overrides)
+	o.Settings, o.Retention, o.Rights, o.Validation = e.Settings, e.Retention, e.Rights, e.Validation
+	return cmp.Or(fitOffering(*o), e.fit())
 }
 
 // descriptionLimit is the most that a description may have, in bytes.

@@ -151,6 +151,9 @@ func (s *Service) backupRecord(ctx context.Context, b catalog.Backup) (dbus.Back
 		Compression: dbus.Compression(b.Compression), Verified: b.Verified,
 		HeldUsec: uint64(b.Held.Microseconds()), Shortfall: b.Shortfall,
 	}
+	if b.CompressionTime == string(dbus.CompressionDeferred) {
+		p.Compression = dbus.CompressionNone
+	}
 	if b.Cause != "" {
 		p.Causes = append(p.Causes, string(b.Cause))
 	}

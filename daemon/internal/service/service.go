@@ -49,11 +49,13 @@ type Deps struct {
 	Restore Planner
 	// Lifecycle may be nil: then nobody takes over what the hook has recorded.
 	Lifecycle Lifecycle
-	Config    *config.Config
-	Reload    func(ctx context.Context) (*config.Config, error) // reads the configuration again and applies what can be
-	Host      string
-	Version   string
-	Log       *slog.Logger
+	// People may be nil: then they are looked up on this host.
+	People  People
+	Config  *config.Config
+	Reload  func(ctx context.Context) (*config.Config, error) // reads the configuration again and applies what can be
+	Host    string
+	Version string
+	Log     *slog.Logger
 }
 
 // Service implements bus.Backend.
@@ -72,6 +74,9 @@ var _ bus.Backend = (*Service)(nil)
 
 // New makes a Service. Run keeps it up to date.
 func New(d Deps) *Service {
+	if d.People == nil {
+		d.People = accounts
+	}
 	return &Service{Deps: d, started: time.Now(), config: d.Config, domains: map[string]hypervisor.Domain{}}
 }
 

@@ -21,7 +21,12 @@ import (
 type effective struct {
 	catalog.Settings
 	catalog.Retention
+	catalog.Rights // but Users, which are the offering's alone
 	catalog.Validation
+}
+
+func effectiveIn(o catalog.Offering) effective {
+	return effective{o.Settings, o.Retention, o.Rights, o.Validation}
 }
 
 // defaultChainSize is CloudStack's.
@@ -54,32 +59,35 @@ func setNumber(to *int, given *uint32) {
 	}
 }
 
-// apply applies what is given, and checks that all fits.
-func (e *effective) apply(o dbus.Overrides) error {
-	var err error
-	if e.Settings, err = override(e.Settings, o.Settings); err != nil {
-		return err
-	}
-	for _, n := range []struct {
-		to    *int
-		given *uint32
-	}{
-		{&e.Last, o.KeepLast}, {&e.Hourly, o.KeepHourly}, {&e.Daily, o.KeepDaily},
-		{&e.Weekly, o.KeepWeekly}, {&e.Monthly, o.KeepMonthly}, {&e.Yearly, o.KeepYearly},
-	} {
-		if n.given != nil && *n.given > mostKept {
-			return dbus.Errorf(dbus.ErrInvalidArgument, "%d backups to keep are too many: at most %d", *n.given, mostKept)
-		}
-		setNumber(n.to, n.given)
-	}
+// apply applies what is given; fit tells whether it fits together.
+func (e *effective) apply(o dbus.Overrides) {
+	e.Settings = override(e.Settings, o.Settings)
+	setNumber(&e.Last, o.KeepLast)
+	setNumber(&e.Hourly, o.KeepHourly)
+	setNumber(&e.Daily, o.KeepDaily)
+	setNumber(&e.Weekly, o.KeepWeekly)
+	setNumber(&e.Monthly, o.KeepMonthly)
+	setNumber(&e.Yearly, o.KeepYearly)
+	set(&e.Backups, o.AllowUserBackups)
+	set(&e.Schedules, o.AllowUserSchedules)
+	set(&e.QuickRestore, o.AllowQuickRestore)
+	set(&e.FileExtraction, o.AllowFileExtraction)
 	set(&e.Validate, o.Validate)
 	set(&e.Steps, o.ValidationSteps)
+}
+
+func (e effective) fit() error {
+	for _, kept := range []int{e.Last, e.Hourly, e.Daily, e.Weekly, e.Monthly, e.Yearly} {
+		if kept > mostKept {
+			return dbus.Errorf(dbus.ErrInvalidArgument, "%d backups to keep are too many: at most %d", kept, mostKept)
+		}
+	}
 	for _, step := range e.Steps {
 		if !slices.Contains(validationSteps(), step) {
 			return dbus.Errorf(dbus.ErrInvalidArgument, "there is no validation step %q: there are %v", step, validationSteps())
 		}
 	}
-	return nil
+	return fit(e.Settings)
 }
 
 const mostKept = 100_000
@@ -102,21 +110,33 @@ func (e effective) given() dbus.Overrides {
 			KeepLast: number(e.Last), KeepHourly: number(e.Hourly), KeepDaily: number(e.Daily),
 			KeepWeekly: number(e.Weekly), KeepMonthly: number(e.Monthly), KeepYearly: number(e.Yearly),
 		},
+		Rights: dbus.Rights{
+			AllowUserBackups: &e.Backups, AllowUserSchedules: &e.Schedules,
+			AllowQuickRestore: &e.QuickRestore, AllowFileExtraction: &e.FileExtraction,
+		},
 		Validation: dbus.Validation{Validate: &e.Validate, ValidationSteps: &e.Steps},
 	}
 }
 
-// effectiveOf returns what is in force for a domain with an offering; nil for none.
+// effectiveOf returns what is in force for a domain with an offering; nil for
+// none. It bends what does not fit: an offering may have come to say something
+// else since the domain got settings of its own.
 func effectiveOf(o *catalog.Offering, domain catalog.Domain) (effective, error) {
-	e := effective{Settings: defaultSettings()}
+	e, err := layered(o, domain)
+	e.Level = min(e.Level, highestLevel(e.Compression))
+	return e, err
+}
+
+// layered is the same as it was said.
+func layered(o *catalog.Offering, domain catalog.Domain) (effective, error) {
+	base := defaultOffering("")
 	if o != nil {
-		e = effective{o.Settings, o.Retention, o.Validation}
+		base = *o
 	}
+	e := effectiveIn(base)
 	own, err := overridesOf(domain)
-	if err != nil {
-		return e, err
-	}
-	return e, e.apply(own)
+	e.apply(own)
+	return e, err
 }
 
 func overridesOf(d catalog.Domain) (o dbus.Overrides, err error) {
@@ -166,14 +186,14 @@ func (s *Service) DomainSettings(ctx context.Context, uuid string) ([]dbus.Effec
 		return nil, err
 	}
 	ofDomain, values := dbus.OptionTexts(own), dbus.OptionTexts(e.given())
+	defaults := dbus.OptionTexts(effectiveIn(defaultOffering("")).given())
 	var all []dbus.EffectiveSetting
 	for _, key := range slices.Sorted(maps.Keys(values)) {
 		one := dbus.EffectiveSetting{Key: key, Value: values[key], Source: "default"}
-		if o != nil {
-			one.Source = "offering"
-		}
 		if _, given := ofDomain[key]; given {
 			one.Source = "domain"
+		} else if one.Value != defaults[key] {
+			one.Source = "offering"
 		}
 		all = append(all, one)
 	}
@@ -201,10 +221,17 @@ func (s *Service) SetOverrides(ctx context.Context, _ bus.Caller, uuid string, g
 		return err
 	}
 	dbus.MergeOptions(&own, given)
-	if d.Overrides, err = json.Marshal(own); err != nil {
-		return err
+	d.Overrides = nil
+	if own != (dbus.Overrides{}) {
+		if d.Overrides, err = json.Marshal(own); err != nil {
+			return err
+		}
 	}
-	if _, err := effectiveOf(o, d); err != nil {
+	e, err := layered(o, d)
+	if err == nil {
+		err = e.fit()
+	}
+	if err != nil {
 		return err
 	}
 	if err := s.Catalog.OverrideDomain(ctx, d.UUID, d.Name, d.Overrides); err != nil {
@@ -214,8 +241,8 @@ func (s *Service) SetOverrides(ctx context.Context, _ bus.Caller, uuid string, g
 	return nil
 }
 
-// override applies what is given to settings, and checks that they fit.
-func override(to catalog.Settings, o dbus.Settings) (catalog.Settings, error) {
+// override applies what is given to settings.
+func override(to catalog.Settings, o dbus.Settings) catalog.Settings {
 	setAs(&to.Mode, o.Mode)
 	if o.Compression != nil && to.Compression != string(*o.Compression) {
 		to.Level = 0 // a level means something else to each compression
@@ -232,15 +259,18 @@ func override(to catalog.Settings, o dbus.Settings) (catalog.Settings, error) {
 	set(&to.Include, o.IncludeDisks)
 	set(&to.Exclude, o.ExcludeDisks)
 	set(&to.Volatile, o.VolatileDisks)
-	return to, fit(to)
+	return to
 }
 
 // targetPattern is what a manifest takes as a disk's target.
 var targetPattern = regexp.MustCompile(`^[a-z][a-z0-9]{0,31}$`)
 
+func highestLevel(compression string) int {
+	return map[dbus.Compression]int{dbus.CompressionZlib: 9, dbus.CompressionZstd: 22}[dbus.Compression(compression)]
+}
+
 func fit(c catalog.Settings) error {
-	highest := map[dbus.Compression]int{dbus.CompressionZlib: 9, dbus.CompressionZstd: 22}[dbus.Compression(c.Compression)]
-	if c.Level > highest {
+	if highest := highestLevel(c.Compression); c.Level > highest {
 		return dbus.Errorf(dbus.ErrInvalidArgument, "compression_level %d is too high for compression %s: at most %d", c.Level, c.Compression, highest)
 	}
 	if c.Threads > 256 {

@@ -106,7 +106,7 @@ func TestDomainsOwnSettingsGoBeforeItsOfferings(t *testing.T) {
 	if err := set(dbus.Overrides{}, "mode", "keep_last"); err != nil {
 		t.Fatal(err)
 	}
-	if got := of("mode") + ", " + of("keep_last") + ", " + of("exclude_disks"); got != "incremental of the offering, 0 of the offering, vdb, vdc of the domain" {
+	if got := of("mode") + ", " + of("keep_last") + ", " + of("exclude_disks"); got != "incremental of the default, 0 of the default, vdb, vdc of the domain" {
 		t.Error(got)
 	}
 	for name, err := range map[string]error{
@@ -119,5 +119,38 @@ func TestDomainsOwnSettingsGoBeforeItsOfferings(t *testing.T) {
 		if !errors.Is(err, dbus.ErrInvalidArgument) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// TestOfferingThatChangesLeavesDomainsReadable has a domain with a level that
+// the offering's compression comes to have no longer.
+func TestOfferingThatChangesLeavesDomainsReadable(t *testing.T) {
+	s, _ := newService(t)
+	withRepositories(t, s, "nas")
+	id := makeOffering(t, s, "daily", "nas", dbus.Settings{Compression: new(dbus.CompressionZstd)})
+	if err := s.Catalog.AssignDomain(t.Context(), "d1", "web", "daily"); err != nil {
+		t.Fatal(err)
+	}
+	level := func(n uint32) dbus.Overrides { return dbus.Overrides{Settings: dbus.Settings{CompressionLevel: &n}} }
+	if err := s.SetOverrides(t.Context(), bus.Caller{}, "d1", level(23), nil); !errors.Is(err, dbus.ErrInvalidArgument) {
+		t.Errorf("a level that no compression has: %v", err)
+	}
+	if err := s.SetOverrides(t.Context(), bus.Caller{}, "d1", level(15), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.UpdateOffering(t.Context(), bus.Caller{}, id, dbus.UpdateOfferingOptions{
+		OfferingOptions: settingsOnly(dbus.Settings{Compression: new(dbus.CompressionZlib)}),
+	}); err != nil {
+		t.Fatal(err)
+	}
+	d, o, err := s.assigned(t.Context(), "d1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e, err := effectiveOf(o, d); err != nil || e.Level != 9 || e.Compression != "zlib" {
+		t.Errorf("level %d of %s, %v", e.Level, e.Compression, err)
+	}
+	if _, err := s.Objects(t.Context()); err != nil {
+		t.Errorf("nothing can be listed: %v", err)
 	}
 }

@@ -32,12 +32,11 @@ All are started, and all are followed; the exit status is 1 if one failed.`,
 	f.StringVar(&o.Repository, "repository", "", "back up to this `REPOSITORY`, without an offering")
 	f.BoolVar(&o.Isolated, "isolated", false, "make a full backup that belongs to no chain")
 	f.BoolVar(&o.Full, "full", false, "make a full backup, and begin a new chain with it")
-	settings := addSettings(cmd)
+	addSettings(cmd, &o.Settings)
 	cmd.MarkFlagsMutuallyExclusive("offering", "repository")
 	complete(cmd, "offering", a.names(0, offeringNames))
 	complete(cmd, "repository", a.names(0, repositoryNames))
 	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
-		o.Settings = settings.given(cmd)
 		return a.backup(ctx, c, args, o)
 	})
 	return cmd

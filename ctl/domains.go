@@ -54,7 +54,7 @@ func (a *app) domainCommand() *cobra.Command {
 		return a.jsonRecord(dbus.Get[dbus.DomainProperties](ctx, c, d.UUID))
 	})
 	show := a.domainVerb("show", "Show a domain, and what its next backup would do", a.showDomain)
-	return group("domain", "Manage domains", list, assign, unassign, show)
+	return group("domain", "Manage domains", list, assign, unassign, a.domainSetCommand(), show)
 }
 
 // domainVerb makes a verb that takes a domain.
@@ -93,6 +93,7 @@ type domainView struct {
 	domain   dbus.DomainProperties
 	tracking []dbus.DomainTracking
 	marks    []dbus.Mark
+	settings []dbus.EffectiveSetting
 }
 
 // shownMarks is how much of what was seen is shown to people; JSON has all.
@@ -111,8 +112,12 @@ func (a *app) showDomain(ctx context.Context, c *dbus.Client, d dbus.DomainPrope
 	if err != nil {
 		return err
 	}
-	all := append(members(d), member{"tracking", tracking}, member{"marks", marks})
-	return a.show(all, func(p *page) { domainPage(p, domainView{d, tracking, marks}) })
+	settings, err := c.DomainSettings(ctx, d.UUID)
+	if err != nil {
+		return err
+	}
+	all := append(members(d), member{"settings", settings}, member{"tracking", tracking}, member{"marks", marks})
+	return a.show(all, func(p *page) { domainPage(p, domainView{d, tracking, marks, settings}) })
 }
 
 func domainPage(p *page, s domainView) {
@@ -144,6 +149,10 @@ func domainPage(p *page, s domainView) {
 	if len(s.marks) > 0 {
 		p.line("")
 		markTable(p, s.marks)
+	}
+	if len(s.settings) > 0 {
+		p.line("")
+		settingTable(p, s.settings)
 	}
 }
 

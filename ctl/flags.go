@@ -1,14 +1,14 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
-
-	"github.com/virtbackup/virtbackup/dbus"
 )
 
 // choice is a flag that takes one of some words. It points to nil until it is given.
@@ -48,6 +48,70 @@ func addChoice[T interface {
 	return flag
 }
 
+// optional is a flag that points to nil until it is given.
+type optional[T any] struct {
+	value **T
+	parse func(text string) (T, error)
+	kind  string // stands for the value in the help
+}
+
+func (o optional[T]) String() string {
+	if o.value == nil || *o.value == nil {
+		return ""
+	}
+	return fmt.Sprint(**o.value)
+}
+
+// Set takes a value.
+func (o optional[T]) Set(text string) error {
+	value, err := o.parse(text)
+	if err != nil {
+		return err
+	}
+	*o.value = &value
+	return nil
+}
+
+// Type stands for the value in the help.
+func (o optional[T]) Type() string { return o.kind }
+
+func addNumber(cmd *cobra.Command, value **uint32, name, usage string) {
+	parse := func(text string) (uint32, error) {
+		n, err := strconv.ParseUint(text, 10, 32)
+		if err != nil {
+			return 0, errors.New("say a whole number, not below 0")
+		}
+		return uint32(n), nil
+	}
+	cmd.Flags().Var(optional[uint32]{value, parse, "NUMBER"}, name, usage)
+	complete(cmd, name, cobra.NoFileCompletions)
+}
+
+// addTruth adds a flag that is true without a value.
+func addTruth(cmd *cobra.Command, value **bool, name, usage string) {
+	parse := func(text string) (bool, error) {
+		b, err := strconv.ParseBool(text)
+		if err != nil {
+			return false, errors.New("say true or false")
+		}
+		return b, nil
+	}
+	cmd.Flags().VarPF(optional[bool]{value, parse, "bool"}, name, "", usage).NoOptDefVal = "true"
+	complete(cmd, name, fixed("true", "false"))
+}
+
+// addWords adds a flag that takes words with commas between, or none.
+func addWords(cmd *cobra.Command, value **[]string, name, usage string, words ...string) {
+	parse := func(text string) ([]string, error) {
+		if text == "" {
+			return []string{}, nil
+		}
+		return strings.Split(text, ","), nil
+	}
+	cmd.Flags().Var(optional[[]string]{value, parse, "LIST"}, name, usage)
+	complete(cmd, name, fixed(words...))
+}
+
 // complete sets what a flag is completed with.
 func complete(cmd *cobra.Command, flag string, f cobra.CompletionFunc) {
 	if err := cmd.RegisterFlagCompletionFunc(flag, f); err != nil {
@@ -58,43 +122,4 @@ func complete(cmd *cobra.Command, flag string, f cobra.CompletionFunc) {
 // fixed completes with some words.
 func fixed(words ...string) cobra.CompletionFunc {
 	return cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp)
-}
-
-// settingsFlags are the flags of an offering's settings, which a backup can override.
-type settingsFlags struct {
-	settings  dbus.Settings
-	level     uint32
-	threads   uint32
-	chainSize uint32
-}
-
-func addSettings(cmd *cobra.Command) *settingsFlags {
-	s := &settingsFlags{}
-	f := cmd.Flags()
-	addChoice(cmd, &s.settings.Mode, "mode", "how backups build on each other")
-	addChoice(cmd, &s.settings.Compression, "compression", "how data is compressed")
-	f.Uint32Var(&s.level, "level", 0, "level of compression: 1 to 9 for zlib, 1 to 22 for zstd, 0 for the method's own")
-	f.Uint32Var(&s.threads, "threads", 0, "compressing threads, 0 for one per CPU")
-	f.Uint32Var(&s.chainSize, "chain-size", 0, "backups in a chain at most, 0 for no limit")
-	addChoice(cmd, &s.settings.Quiesce, "quiesce", "how the guest is quieted")
-	addChoice(cmd, &s.settings.QuiescePolicy, "quiesce-policy", "what if it cannot be: fail, or back up less consistent")
-	addChoice(cmd, &s.settings.Tracking, "tracking", "how changes are found")
-	addChoice(cmd, &s.settings.Fallback, "fallback", "what of a disk whose changes are not known: compare, or store all of it")
-	for _, name := range []string{"level", "threads", "chain-size"} {
-		complete(cmd, name, cobra.NoFileCompletions)
-	}
-	return s
-}
-
-// given returns the settings that the command line has.
-func (s *settingsFlags) given(cmd *cobra.Command) dbus.Settings {
-	set := func(name string, from *uint32, to **uint32) {
-		if cmd.Flags().Changed(name) {
-			*to = from
-		}
-	}
-	set("level", &s.level, &s.settings.CompressionLevel)
-	set("threads", &s.threads, &s.settings.Threads)
-	set("chain-size", &s.chainSize, &s.settings.ChainSize)
-	return s.settings
 }

@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
@@ -159,22 +161,59 @@ func TestManPageHasEveryVerbAndFlag(t *testing.T) {
 }
 
 func TestSettingsAreGivenOnlyWhenTheyWereSaid(t *testing.T) {
-	cmd := &cobra.Command{}
-	s := addSettings(cmd)
-	if got := s.given(cmd); got != (dbus.Settings{}) {
-		t.Errorf("without flags: %+v", got)
+	cmd, got := &cobra.Command{}, dbus.OfferingOptions{}
+	addOffering(cmd, &got)
+	if err := cmd.ParseFlags(nil); err != nil || got != (dbus.OfferingOptions{}) {
+		t.Errorf("without flags: %+v, %v", got, err)
 	}
-	if err := cmd.ParseFlags([]string{"--threads=0", "--level", "3", "--compression", "zstd", "--tracking=digest", "--fallback=full", "--quiesce-policy=prefer"}); err != nil {
+	if err := cmd.ParseFlags([]string{
+		"--threads=0", "--level", "3", "--compression", "zstd", "--tracking=digest", "--fallback=full", "--quiesce-policy=prefer",
+		"--exclude-disks", "vdb,vdc", "--include-disks=", "--disabled", "--allow-user-backups=false", "--keep-daily=7", "--users", "ann,@ops",
+	}); err != nil {
 		t.Fatal(err)
 	}
-	got := s.given(cmd)
-	if got.Threads == nil || *got.Threads != 0 || got.CompressionLevel == nil || *got.CompressionLevel != 3 ||
-		got.Compression == nil || *got.Compression != dbus.CompressionZstd || got.ChainSize != nil || got.Mode != nil || got.Quiesce != nil {
-		t.Errorf("%+v", got)
+	want := dbus.OfferingOptions{
+		Disabled: new(true), Users: new([]string{"ann", "@ops"}),
+		Overrides: dbus.Overrides{
+			Settings: dbus.Settings{
+				Threads: new(uint32(0)), CompressionLevel: new(uint32(3)), Compression: new(dbus.CompressionZstd), Tracking: new(dbus.TrackingDigest),
+				Fallback: new(dbus.FallbackFull), QuiescePolicy: new(dbus.QuiescePrefer),
+				ExcludeDisks: new([]string{"vdb", "vdc"}), IncludeDisks: new([]string{}),
+			},
+			Retention: dbus.Retention{KeepDaily: new(uint32(7))},
+			Rights:    dbus.Rights{AllowUserBackups: new(false)},
+		},
 	}
-	if got.Tracking == nil || *got.Tracking != dbus.TrackingDigest || got.Fallback == nil || *got.Fallback != dbus.FallbackFull ||
-		got.QuiescePolicy == nil || *got.QuiescePolicy != dbus.QuiescePrefer {
-		t.Errorf("%+v", got)
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+	for _, wrong := range []string{"--threads=-1", "--threads=many", "--disabled=maybe", "--mode=odd"} {
+		if err := cmd.ParseFlags([]string{wrong}); err == nil {
+			t.Errorf("%s is taken", wrong)
+		}
+	}
+}
+
+// TestEverySettingHasAFlag finds one that was forgotten: all that an offering
+// can have can be said on the command line, and all that a domain can have can
+// be set and unset.
+func TestEverySettingHasAFlag(t *testing.T) {
+	flags := func(add func(cmd *cobra.Command)) (keys []string) {
+		cmd := &cobra.Command{}
+		add(cmd)
+		cmd.Flags().VisitAll(func(f *pflag.Flag) { keys = append(keys, settingKey(f.Name)) })
+		slices.Sort(keys)
+		return keys
+	}
+	for what, all := range map[string][2][]string{
+		"offering": {dbus.OptionKeys(dbus.OfferingOptions{}), flags(func(cmd *cobra.Command) { addOffering(cmd, &dbus.OfferingOptions{}) })},
+		"domain":   {dbus.OptionKeys(dbus.Overrides{}), flags(func(cmd *cobra.Command) { addOverrides(cmd, &dbus.Overrides{}) })},
+		"backup":   {dbus.OptionKeys(dbus.Settings{}), flags(func(cmd *cobra.Command) { addSettings(cmd, &dbus.Settings{}) })},
+	} {
+		slices.Sort(all[0])
+		if diff := cmp.Diff(all[0], all[1]); diff != "" {
+			t.Errorf("%s: %s", what, diff)
+		}
 	}
 }
 

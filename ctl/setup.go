@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -182,14 +183,15 @@ func (a *app) offeringCreateCommand() *cobra.Command {
 	}
 	cmd.Flags().StringVar(&repository, "repository", "", "back up to this `REPOSITORY`")
 	complete(cmd, "repository", a.names(0, repositoryNames))
-	settings := addSettings(cmd)
+	var o dbus.OfferingOptions
+	addOffering(cmd, &o)
 	cmd.MarkFlagsOneRequired("repository")
 	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
 		r, err := findRepository(ctx, c, repository)
 		if err != nil {
 			return err
 		}
-		id, err := c.CreateOffering(ctx, args[0], r, dbus.OfferingOptions{Overrides: dbus.Overrides{Settings: settings.given(cmd)}})
+		id, err := c.CreateOffering(ctx, args[0], r, o)
 		if err != nil {
 			return err
 		}
@@ -201,10 +203,8 @@ func (a *app) offeringCreateCommand() *cobra.Command {
 
 func (a *app) offeringUpdateCommand() *cobra.Command {
 	var repository string
-	var settings *settingsFlags
-	var cmd *cobra.Command
-	cmd = a.offeringVerb("update", "Change an offering", func(ctx context.Context, c *dbus.Client, o dbus.OfferingProperties) error {
-		change := dbus.UpdateOfferingOptions{OfferingOptions: dbus.OfferingOptions{Overrides: dbus.Overrides{Settings: settings.given(cmd)}}}
+	var change dbus.UpdateOfferingOptions
+	cmd := a.offeringVerb("update", "Change an offering", func(ctx context.Context, c *dbus.Client, o dbus.OfferingProperties) error {
 		if repository != "" {
 			r, err := findRepository(ctx, c, repository)
 			if err != nil {
@@ -223,7 +223,7 @@ func (a *app) offeringUpdateCommand() *cobra.Command {
 	})
 	cmd.Flags().StringVar(&repository, "repository", "", "back up to this `REPOSITORY`; ends the chains of its domains")
 	complete(cmd, "repository", a.names(0, repositoryNames))
-	settings = addSettings(cmd)
+	addOffering(cmd, &change.OfferingOptions)
 	return cmd
 }
 
@@ -235,31 +235,21 @@ func offeringTable(p *page, offerings []dbus.OfferingProperties) {
 	var rows [][]string
 	for _, o := range offerings {
 		rows = append(rows, []string{
-			o.Name, o.Repository, string(o.Mode), compression(o), chainSize(o.ChainSize), string(o.Quiesce), strconv.Itoa(len(o.Domains)),
+			o.Name, o.Repository, string(o.Mode), compression(o), chainSize(o.ChainSize), string(o.Quiesce), retention(o), offeringState(o), strconv.Itoa(len(o.Domains)),
 		})
 	}
-	p.table([]string{"OFFERING", "REPOSITORY", "MODE", "COMPRESSION", ">CHAIN SIZE", "QUIESCE", ">DOMAINS"}, rows)
+	p.table([]string{"OFFERING", "REPOSITORY", "MODE", "COMPRESSION", ">CHAIN SIZE", "QUIESCE", "KEEPS", "STATE", ">DOMAINS"}, rows)
 }
 
-func compression(o dbus.OfferingProperties) string {
-	if o.CompressionLevel == 0 {
-		return string(o.Compression)
+// offeringState says whether an offering can be used, and by whom.
+func offeringState(o dbus.OfferingProperties) string {
+	switch {
+	case o.Disabled:
+		return "disabled"
+	case len(o.Users) > 0:
+		return "dedicated"
 	}
-	return fmt.Sprintf("%s level %d", o.Compression, o.CompressionLevel)
-}
-
-func chainSize(n uint32) string {
-	if n == 0 {
-		return "no limit"
-	}
-	return strconv.FormatUint(uint64(n), 10)
-}
-
-func quiesce(o dbus.OfferingProperties) string {
-	if o.Quiesce == dbus.QuiesceNone {
-		return string(o.Quiesce)
-	}
-	return fmt.Sprintf("%s (%s)", o.Quiesce, o.QuiescePolicy)
+	return "public"
 }
 
 func offeringPage(p *page, o dbus.OfferingProperties) {
@@ -267,9 +257,17 @@ func offeringPage(p *page, o dbus.OfferingProperties) {
 	if o.Threads > 0 {
 		threads = strconv.FormatUint(uint64(o.Threads), 10)
 	}
+	validation := ""
+	if o.Validate {
+		validation = strings.Join(append([]string{"yes"}, o.ValidationSteps...), ", ")
+	}
 	p.fields(
 		"Offering", o.Name,
 		"Id", o.ID,
+		"Description", o.Description,
+		"State", offeringState(o),
+		"Users", strings.Join(o.Users, ", "),
+		"File", o.Origin,
 		"Repository", o.Repository,
 		"Mode", string(o.Mode),
 		"Compression", compression(o),
@@ -278,6 +276,12 @@ func offeringPage(p *page, o dbus.OfferingProperties) {
 		"Quiesce", quiesce(o),
 		"Tracking", string(o.Tracking),
 		"Fallback", string(o.Fallback),
+		"Included disks", strings.Join(o.IncludeDisks, ", "),
+		"Excluded disks", strings.Join(o.ExcludeDisks, ", "),
+		"Volatile disks", yes(o.VolatileDisks),
+		"Keeps", retention(o),
+		"Validation", validation,
+		"Not allowed", denied(o),
 		"Created", moment(o.Created),
 	)
 	for _, uuid := range o.Domains {

@@ -159,6 +159,15 @@ func UnsetOptions[O any](from *O, keys []string) error {
 	return nil
 }
 
+// OptionKeys returns the keys of all options.
+func OptionKeys(o any) []string {
+	var keys []string
+	for _, f := range fields(reflect.ValueOf(o)) {
+		keys = append(keys, f.key)
+	}
+	return keys
+}
+
 // OptionTexts returns the options that are given as texts, by their keys.
 func OptionTexts(o any) map[string]string {
 	out := make(map[string]string)

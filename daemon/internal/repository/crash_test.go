@@ -35,6 +35,13 @@ var scenarios = map[string]func(root string) error{
 		}
 		return errors.Join(r.Delete(context.Background(), c, testDomain, idB), c.Release())
 	},
+	"rewrite": func(root string) error {
+		r, err := Open(root, ourKey)
+		if err != nil {
+			return err
+		}
+		return rewrite(context.Background(), r, idB)
+	},
 	"collect": func(root string) error {
 		r, err := Open(root, ourKey)
 		if err != nil {

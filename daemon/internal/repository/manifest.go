@@ -70,7 +70,10 @@ type Manifest struct {
 	Disks       []Disk   `json:"disks"`
 	Files       []File   `json:"files"`
 	Secrets     []Secret `json:"secrets,omitempty"` // that a restored domain needs
-	HMAC        string   `json:"hmac"`              // hex HMAC-SHA256 of this document with an empty hmac
+	// Generation counts how often the backup's files were replaced by others that
+	// hold the same: see Rewrite.
+	Generation int    `json:"generation,omitempty"`
+	HMAC       string `json:"hmac"` // hex HMAC-SHA256 of this document with an empty hmac
 }
 
 // Domain names the domain that was backed up.

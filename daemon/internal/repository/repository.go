@@ -10,6 +10,7 @@
 //	<root>/<domain-uuid>/owner.json              the host that writes here now
 //	<root>/<domain-uuid>/<backup>/manifest.json  its presence commits the backup
 //	<root>/<domain-uuid>/<backup>/…              images, digests, definition
+//	<root>/<domain-uuid>/<backup>/…~<generation> another of a file, see Rewrite
 //	<root>/.staging/<backup>.<host>/…            being made, or being removed
 //
 // A backup directory without a manifest is garbage of a job that died.
@@ -24,7 +25,6 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/oklog/ulid/v2"
@@ -282,7 +282,7 @@ func storageFault(err error) bool {
 func (r *Repository) Check(m *Manifest) error {
 	var damage []error
 	check := func(name string, size uint64) {
-		f, info, err := r.tree.openRegular(m.Domain.UUID + "/" + m.Backup + "/" + name)
+		f, info, err := r.openFile(m.Domain.UUID, m.Backup, name)
 		switch {
 		case err != nil:
 			damage = append(damage, err)
@@ -310,6 +310,6 @@ func (r *Repository) OpenImage(domain, backup, file string) (*os.File, error) {
 	if err := errors.Join(checkBackup(domain, backup), checkFileName(file)); err != nil {
 		return nil, err
 	}
-	f, _, err := r.tree.openRegular(strings.Join([]string{domain, backup, file}, "/"))
+	f, _, err := r.openFile(domain, backup, file)
 	return f, err
 }

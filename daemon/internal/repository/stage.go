@@ -203,7 +203,7 @@ func (r *Repository) Delete(ctx context.Context, c *Claim, domain, backup string
 	if err := r.deletable(domain, backup); err != nil {
 		return fmt.Errorf("cannot delete backup %s of domain %s: %w", truncated(backup), truncated(domain), err)
 	}
-	if err := errors.Join(context.Cause(ctx), c.Check()); err != nil {
+	if err := errors.Join(context.Cause(ctx), c.Check(), r.settleChildren(domain)); err != nil {
 		return err
 	}
 	if err := r.removeBackup(domain, backup); err != nil {
@@ -291,7 +291,7 @@ func (r *Repository) collectDomain(ctx context.Context, domain string, keep func
 		if !ulidPattern.MatchString(n) || keep(n) {
 			continue
 		}
-		if err := errors.Join(context.Cause(ctx), r.collectUncommitted(domain, n)); err != nil {
+		if err := errors.Join(context.Cause(ctx), r.collectUncommitted(domain, n), r.Settle(domain, n)); err != nil {
 			return err
 		}
 	}

@@ -21,6 +21,9 @@ func (m *Manifest) validate() error {
 		checkName("host id", hostPattern, m.Host),
 		m.validateKind(),
 	}
+	if m.Generation < 0 {
+		names = append(names, errors.New("the generation is negative"))
+	}
 	if m.Created < 0 || m.Finished < 0 || m.Held < 0 {
 		names = append(names, errors.New("a time is negative"))
 	}

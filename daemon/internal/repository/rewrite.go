@@ -1,0 +1,232 @@
+package repository
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Rewrite is another set of files for a committed backup, in the making: they
+// hold the same disks, on another base or packed otherwise.
+//
+// The new files are written beside the old ones, as NAME~GENERATION. Giving the
+// new manifest its name is the one commit point, for all files at once: which of
+// two files counts, the manifest's generation says. Only then each new file
+// takes the old one's name, so that what builds on the backup finds its parent by
+// the same path at every moment, also by QEMU alone; whatever is left of that is
+// done by Settle. What the old files stand on must stay until it is done.
+type Rewrite struct {
+	r     *Repository
+	m     *Manifest // the committed one
+	names []string
+}
+
+const generationMark = "~"
+
+// generationName is the name of a file of a generation until it takes its own.
+func generationName(name string, generation int) string {
+	return name + generationMark + strconv.Itoa(generation)
+}
+
+// parseGeneration is the inverse of generationName.
+func parseGeneration(file string) (name string, generation int, ok bool) {
+	name, number, ok := strings.Cut(file, generationMark)
+	if !ok {
+		return "", 0, false
+	}
+	generation, err := strconv.Atoi(number)
+	return name, generation, err == nil && generation > 0 && generationName(name, generation) == file
+}
+
+// Rewrite begins to replace files of a backup of this host. What an earlier try
+// left is removed.
+func (r *Repository) Rewrite(domain, backup string) (*Rewrite, error) {
+	m, err := r.Manifest(domain, backup)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.Settle(domain, backup); err != nil {
+		return nil, err
+	}
+	return &Rewrite{r: r, m: m}, nil
+}
+
+// Manifest returns the committed manifest.
+func (w *Rewrite) Manifest() *Manifest { return w.m }
+
+func (w *Rewrite) path(name string) string {
+	return w.m.Domain.UUID + "/" + w.m.Backup + "/" + name
+}
+
+func (w *Rewrite) generation() int { return w.m.Generation + 1 }
+
+// Create makes another file with the name of one of the backup's. The caller
+// syncs and closes it before Commit.
+func (w *Rewrite) Create(name string) (*os.File, error) {
+	if err := checkFileName(name); err != nil {
+		return nil, err
+	}
+	f, err := w.r.tree.create(w.path(generationName(name, w.generation())))
+	if err != nil {
+		return nil, fmt.Errorf("cannot create another %s of backup %s: %w", name, w.m.Backup, err)
+	}
+	w.names = append(w.names, name)
+	return f, nil
+}
+
+// Commit makes the new files those of the backup. m is its new manifest; its
+// generation is set here. After an error either the old files or the new ones
+// count, and both are there, as long as the backup is not settled.
+func (w *Rewrite) Commit(ctx context.Context, c *Claim, m *Manifest) error {
+	if err := w.commit(ctx, c, m); err != nil {
+		return fmt.Errorf("cannot replace files of backup %s: %w", w.m.Backup, err)
+	}
+	return nil
+}
+
+func (w *Rewrite) commit(ctx context.Context, c *Claim, m *Manifest) error {
+	t := w.r.tree
+	m.Format, m.Repository, m.Host, m.Generation = Format, w.r.id, w.r.host, w.generation()
+	if m.Domain.UUID != w.m.Domain.UUID || m.Backup != w.m.Backup {
+		return fmt.Errorf("the manifest is that of backup %s", truncated(m.Backup))
+	}
+	if err := errors.Join(m.validate(), w.check(m)); err != nil {
+		return err
+	}
+	content, err := m.sign(w.r.key)
+	if err != nil {
+		return err
+	}
+	pending := w.path(generationName(manifestName, m.Generation))
+	if err := t.writeNew(pending, content); err != nil {
+		return err
+	}
+	if err := errors.Join(t.sync(w.path(".")), c.Check()); err != nil {
+		return err
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err := t.rename(pending, w.path(manifestName)); err != nil {
+		return err
+	}
+	if err := t.sync(w.path(".")); err != nil {
+		return err
+	}
+	return w.r.Settle(m.Domain.UUID, m.Backup)
+}
+
+// check compares the new files, and those that stay, with the new manifest.
+func (w *Rewrite) check(m *Manifest) error {
+	check := func(name string, size uint64) error {
+		if slices.Contains(w.names, name) {
+			name = generationName(name, w.generation())
+		}
+		f, info, err := w.r.tree.openRegular(w.path(name))
+		if err != nil {
+			return err
+		}
+		f.Close()
+		if uint64(info.Size()) != size {
+			return fmt.Errorf("%s has %d bytes instead of %d: %w", name, info.Size(), size, ErrDamaged)
+		}
+		return nil
+	}
+	var errs []error
+	for _, d := range m.Disks {
+		errs = append(errs, check(d.File, d.StoredBytes))
+	}
+	for _, f := range m.Files {
+		errs = append(errs, check(f.Name, f.Size))
+	}
+	return errors.Join(errs...)
+}
+
+// Discard removes the new files, unless they are those that count.
+func (w *Rewrite) Discard() error { return w.r.Settle(w.m.Domain.UUID, w.m.Backup) }
+
+// Settle ends what a Rewrite began: files of the manifest's generation take
+// their names, and all others are removed. It does nothing to a backup that has
+// none, is not committed, or is another host's, and may be cut short and run again.
+func (r *Repository) Settle(domain, backup string) error {
+	if err := r.settle(domain, backup); err != nil {
+		return fmt.Errorf("cannot settle the files of backup %s: %w", backup, err)
+	}
+	return nil
+}
+
+func (r *Repository) settle(domain, backup string) error {
+	if err := checkBackup(domain, backup); err != nil {
+		return err
+	}
+	dir := domain + "/" + backup
+	names, err := r.tree.names(dir)
+	if err != nil {
+		return ignoreMissing(err)
+	}
+	names = slices.DeleteFunc(names, func(n string) bool { _, _, ok := parseGeneration(n); return !ok })
+	if len(names) == 0 {
+		return nil
+	}
+	m, err := r.Manifest(domain, backup)
+	switch {
+	case errors.Is(err, ErrNoBackup), errors.Is(err, ErrForeignManifest), errors.Is(err, ErrNewerFormat), errors.Is(err, ErrManifest):
+		return nil
+	case err != nil:
+		return err
+	}
+	// New names first: an old file that is to be replaced is in nobody's way.
+	for _, file := range names {
+		name, generation, _ := parseGeneration(file)
+		if generation == m.Generation && name != manifestName {
+			if err := r.tree.rename(dir+"/"+file, dir+"/"+name); err != nil {
+				return err
+			}
+		}
+	}
+	if err := r.tree.sync(dir); err != nil {
+		return err
+	}
+	for _, file := range names {
+		if err := ignoreMissing(r.tree.remove(dir+"/"+file, 0)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// settleChildren settles all backups of a domain: before a backup is removed,
+// no file that counts, or that QEMU would find by its name, may stand on it.
+func (r *Repository) settleChildren(domain string) error {
+	backups, err := r.Backups(domain)
+	for _, id := range backups {
+		err = errors.Join(err, r.Settle(domain, id))
+	}
+	return err
+}
+
+// openFile opens the file that counts of those with a name.
+func (r *Repository) openFile(domain, backup, name string) (*os.File, os.FileInfo, error) {
+	dir := domain + "/" + backup
+	names, err := r.tree.names(dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	if slices.ContainsFunc(names, func(n string) bool { of, _, ok := parseGeneration(n); return ok && of == name }) {
+		m, err := r.readManifest(domain, backup)
+		if err != nil {
+			return nil, nil, err
+		}
+		f, info, err := r.tree.openRegular(dir + "/" + generationName(name, m.Generation))
+		if !errors.Is(err, unix.ENOENT) {
+			return f, info, err
+		}
+	}
+	return r.tree.openRegular(dir + "/" + name)
+}

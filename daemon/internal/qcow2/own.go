@@ -7,36 +7,47 @@ import "fmt"
 // to nobody, is left out. Neighbours of one kind are merged. It ends with the
 // first error of fn.
 func (i *Image) Own(off, length uint64, fn func(off, length uint64, kind Kind) error) error {
-	if off > i.raw.size || length > i.raw.size-off {
-		return fmt.Errorf("cannot look up %d bytes at %d: the disk has %d", length, off, i.raw.size)
+	return (&Chain{images: []*Image{i}, size: i.raw.size}).Own(1, off, length, fn)
+}
+
+// Own calls fn for what the topmost images hold, so many of them, as Image.Own
+// does for one: what they leave to those below is left out.
+func (c *Chain) Own(images int, off, length uint64, fn func(off, length uint64, kind Kind) error) error {
+	if off > c.size || length > c.size-off {
+		return fmt.Errorf("cannot look up %d bytes at %d: the disk has %d", length, off, c.size)
 	}
 	var from, n uint64
 	var kind Kind
-	for end := off + length; off < end; {
-		m, err := i.lookUp(off, end-off)
-		if err != nil {
-			return err
+	flush := func() error {
+		if n == 0 {
+			return nil
+		}
+		length := n
+		n = 0
+		return fn(from, length, kind)
+	}
+	top := &Chain{images: c.images[:images], size: c.size}
+	err := top.walk(off, length, func(off uint64, m mapping, image *Image) error {
+		if image == nil { // in none of them
+			return flush()
 		}
 		k := Data
 		if m.state == zero {
 			k = Zero
 		}
-		if n > 0 && (m.state == unallocated || k != kind) {
-			if err := fn(from, n, kind); err != nil {
+		if n > 0 && k != kind {
+			if err := flush(); err != nil {
 				return err
 			}
-			n = 0
 		}
-		if m.state != unallocated {
-			if n == 0 {
-				from, kind = off, k
-			}
-			n += m.length
+		if n == 0 {
+			from, kind = off, k
 		}
-		off += m.length
-	}
-	if n == 0 {
+		n += m.length
 		return nil
+	})
+	if err != nil {
+		return err
 	}
-	return fn(from, n, kind)
+	return flush()
 }

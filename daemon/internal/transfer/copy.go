@@ -150,7 +150,7 @@ func (d *diskCopy) copy(ctx context.Context) error {
 	return d.end()
 }
 
-// begin starts the image and the digests, and counts what is to be done.
+// begin counts what is to be done, and starts the image and the digests.
 func (d *diskCopy) begin(ctx context.Context, p planner) error {
 	total, err := p.total(ctx)
 	if err != nil {
@@ -160,6 +160,12 @@ func (d *diskCopy) begin(ctx context.Context, p planner) error {
 	if p.changes != nil {
 		d.count.dirty.Store(total)
 	}
+	return d.open()
+}
+
+// open starts the image and the digests.
+func (d *diskCopy) open() error {
+	var err error
 	d.ahead = newWriteback(d.image)
 	d.writer, err = qcow2.NewWriter(countingFile{d.ahead, d.count}, qcow2.WriterOptions{
 		Size: d.spec.Size, ClusterSize: clusterSize, Backing: d.Manifest.Backing(*d.entry),

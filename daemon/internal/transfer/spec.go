@@ -50,6 +50,7 @@ const (
 	OperationVerify  Operation = "verify"  // Spec.Backups and all that they stand on
 	OperationDelete  Operation = "delete"  // Spec.Backups of Domain
 	OperationDiscard Operation = "discard" // what a dead job left of Spec.Backups of Domain
+	OperationMerge   Operation = "merge"   // Spec.Merge
 )
 
 // Spec is spec.json.
@@ -64,6 +65,15 @@ type Spec struct {
 	Collect    bool           `json:"collect,omitempty"` // of init and probe: whether to remove what is of none of them
 	Backup     *BackupSpec    `json:"backup,omitempty"`
 	Restore    *RestoreSpec   `json:"restore,omitempty"`
+	Merge      *MergeSpec     `json:"merge,omitempty"`
+}
+
+// MergeSpec has a backup of Spec.Domain take over what those below it hold, so
+// that they may go. Done again, it changes nothing.
+type MergeSpec struct {
+	Into string   `json:"into"`
+	Drop []string `json:"drop"` // the newest first: the parent of Into, that one's parent, …
+	Base string   `json:"base"` // the parent of the last of them; "" if that is a full one
 }
 
 // RepositorySpec says where the repository is.
@@ -174,6 +184,7 @@ const (
 	PhaseVerifying  = "verifying"
 	PhaseCommitting = "committing"
 	PhaseDeleting   = "deleting"
+	PhaseMerging    = "merging"
 )
 
 // Status is status.json.
@@ -201,7 +212,7 @@ type Result struct {
 	Version    int                  `json:"version"`
 	Error      *Failure             `json:"error,omitempty"` // nil: done
 	Disks      []DiskStatus         `json:"disks,omitempty"`
-	Manifest   *repository.Manifest `json:"manifest,omitempty"` // of the backup that was made, or restored
+	Manifest   *repository.Manifest `json:"manifest,omitempty"` // of the backup that was made, restored, or took over others
 	Repository *RepositoryState     `json:"repository,omitempty"`
 	Backups    []BackupState        `json:"backups,omitempty"` // of list, verify
 	Deleted    []string             `json:"deleted,omitempty"` // backups; also when a later one failed

@@ -62,6 +62,7 @@ func (w *worker) run(ctx context.Context) error {
 		OperationVerify:  w.verify,
 		OperationDelete:  w.delete,
 		OperationDiscard: w.discard,
+		OperationMerge:   w.merge,
 	}[w.spec.Operation]
 	if !known {
 		return fail(ClassInternal, "the operation %q is not known", w.spec.Operation)

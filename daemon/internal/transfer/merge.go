@@ -1,0 +1,258 @@
+package transfer
+
+import (
+	"context"
+	"errors"
+	"os"
+	"slices"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/qcow2"
+	"github.com/virtbackup/virtbackup/daemon/internal/repository"
+)
+
+// merging is a backup that takes over what those below it hold.
+type merging struct {
+	*backup
+	*MergeSpec
+	rewrite *repository.Rewrite
+	lineage lineage // Into first
+	base    lineage // of what stays below it; empty if nothing does
+	disks   []*mergedDisk
+}
+
+// mergedDisk is one disk of a merging whose image is written anew.
+type mergedDisk struct {
+	*diskCopy
+	from   *storedDisk
+	images int // of those of from, how many are merged: the first ones
+	before repository.Disk
+}
+
+// merge makes Into stand on Base. The images are written anew beside the old
+// ones, read back and compared with the digests of what the disks hold, which
+// stay the same; then all are exchanged at once.
+func (w *worker) merge(ctx context.Context) (err error) {
+	if w.spec.Merge == nil || len(w.spec.Merge.Drop) == 0 {
+		return fail(ClassInternal, "the specification says nothing about the merge")
+	}
+	m := &merging{backup: &backup{worker: w, BackupSpec: &BackupSpec{}}, MergeSpec: w.spec.Merge}
+	// What must stay free is for backups; removing some must be possible in what is left.
+	w.spec.Repository.MinimumFree = 0
+	if m.repo, err = w.open(); err != nil {
+		return err
+	}
+	defer m.repo.Close()
+	if m.claim, err = m.repo.Claim(w.spec.Domain, w.spec.Job); err != nil {
+		return inRepository(err)
+	}
+	defer w.release(m.claim)
+	if m.rewrite, err = m.repo.Rewrite(w.spec.Domain, m.Into); err != nil {
+		return inRepository(err)
+	}
+	if m.rewrite.Manifest().Parent == m.Base { // done by a run of this job that died
+		w.result.Manifest = m.rewrite.Manifest()
+		return nil
+	}
+	defer func() {
+		m.close()
+		if err != nil {
+			err = errors.Join(err, m.rewrite.Discard())
+		}
+	}()
+	return m.guard(ctx, m.make)
+}
+
+func (m *merging) close() {
+	for _, d := range m.disks {
+		d.close()
+		d.from.close()
+	}
+}
+
+// make takes the merge through its phases.
+func (m *merging) make(ctx context.Context) error {
+	if err := m.prepare(); err != nil {
+		return err
+	}
+	for _, p := range []struct {
+		name string
+		each func(*mergedDisk, context.Context) error
+	}{
+		{PhaseMerging, (*mergedDisk).copy},
+		{PhaseFlushing, (*mergedDisk).flush},
+		{PhaseVerifying, (*mergedDisk).verify},
+	} {
+		if err := m.status.enter(p.name); err != nil {
+			return err
+		}
+		// One after the other: nobody waits for a merge, and guests want their storage.
+		for _, d := range m.disks {
+			if err := inDisk(d.spec.Target, p.each(d, ctx)); err != nil {
+				return err
+			}
+		}
+	}
+	return m.commit(ctx)
+}
+
+// prepare opens all that is merged, and makes the new manifest.
+func (m *merging) prepare() error {
+	var err error
+	if m.lineage, err = trace(m.repo, m.worker.spec.Domain, m.Into); err != nil {
+		return inRepository(err)
+	}
+	kept := 1 + len(m.Drop)
+	ids := make([]string, len(m.lineage))
+	for i, one := range m.lineage {
+		ids[i] = one.Backup
+	}
+	if len(ids) < kept || !slices.Equal(ids[1:kept], m.Drop) || len(ids) > kept && ids[kept] != m.Base || len(ids) == kept && m.Base != "" {
+		return fail(ClassParent, "backup %s stands on %v, and not on %v and then %q", m.Into, ids[1:], m.Drop, m.Base)
+	}
+	m.base = m.lineage[kept:]
+	m.Manifest = *m.lineage[0]
+	m.Manifest.Disks = slices.Clone(m.Manifest.Disks)
+	m.Manifest.Files = slices.Clone(m.Manifest.Files)
+	m.Manifest.Parent = m.Base
+	if m.Base == "" {
+		m.Manifest.Kind = repository.KindFull
+	}
+	// As the images are now: what was compressed is compressed again.
+	m.Compression, m.Level = m.Manifest.Offering.Compression, m.Manifest.Offering.Level
+	for i := range m.Manifest.Disks {
+		if m.Manifest.Disks[i].Kind == repository.KindFull {
+			continue // it stands on nothing
+		}
+		if err := m.open(&m.Manifest.Disks[i]); err != nil {
+			return inDisk(m.Manifest.Disks[i].Target, err)
+		}
+	}
+	return nil
+}
+
+// open opens a disk with all its images, and makes the files of the new one.
+func (m *merging) open(entry *repository.Disk) error {
+	from, err := openDisk(m.repo, m.lineage, entry.Target)
+	if err != nil {
+		return err
+	}
+	d := &mergedDisk{
+		diskCopy: &diskCopy{backup: m.backup, spec: BackupDisk{Target: entry.Target, Size: entry.Size}, entry: entry, count: m.status.disk(entry.Target)},
+		from:     from, images: min(1+len(m.Drop), len(from.images)), before: *entry,
+	}
+	m.disks = append(m.disks, d)
+	m.backup.disks = []*diskCopy{d.diskCopy} // one at a time has all threads
+	if d.images == len(from.images) { // the full image is among those merged
+		entry.Kind, entry.Changes = repository.KindFull, ""
+	} else if d.parent, err = openDisk(m.repo, m.base, entry.Target); err != nil {
+		return err
+	}
+	entry.DataBytes = 0
+	if d.image, err = m.rewrite.Create(entry.File); err != nil {
+		return inRepository(err)
+	}
+	d.digests, err = m.rewrite.Create(repository.DigestName(entry.Target))
+	return inRepository(err)
+}
+
+// copy writes what the merged images hold into the new one.
+func (d *mergedDisk) copy(ctx context.Context) error {
+	if err := d.diskCopy.open(); err != nil {
+		return err
+	}
+	for off := uint64(0); off < d.before.Size; off += windowSize {
+		err := d.from.chain.Own(d.images, off, min(windowSize, d.before.Size-off), func(_, length uint64, kind qcow2.Kind) error {
+			if kind == qcow2.Data {
+				d.count.total.Add(length)
+			}
+			return nil
+		})
+		if err != nil {
+			return classify(ClassVerification, err)
+		}
+	}
+	err := ordered(ctx, readDepth, stages[*stored]{
+		produce: func(_ context.Context, emit func(*stored) error) error { return d.walk(emit) },
+		work:    func(_ context.Context, piece *stored) error { return d.from.read(piece, &d.count.done) },
+		consume: func(piece *stored) error { return d.put(&extent{piece.span, piece.data, piece.sums}) },
+		drop:    func(piece *stored) { d.writer.PutBuffer(piece.data) },
+	})
+	if err != nil {
+		return err
+	}
+	if err := d.end(); err != nil {
+		return err
+	}
+	d.entry.ReadBytes = d.before.ReadBytes // from the domain's disk
+	if d.entry.DigestRoot != d.before.DigestRoot {
+		return fail(ClassVerification, "the merged image holds something else than those that were merged")
+	}
+	return nil
+}
+
+// walk emits the whole disk in order: what the merged images hold, and between
+// that what they leave to those below; or what reads as zeros, if there are none.
+func (d *mergedDisk) walk(emit func(*stored) error) error {
+	rest := spanZero
+	if d.parent != nil {
+		rest = spanClean
+	}
+	at := uint64(0)
+	gap := func(to uint64) error {
+		if at >= to {
+			return nil
+		}
+		s := &stored{span: span{at, to - at, rest}}
+		at = to
+		return emit(s)
+	}
+	for off := uint64(0); off < d.before.Size; off += windowSize {
+		err := d.from.chain.Own(d.images, off, min(windowSize, d.before.Size-off), func(off, length uint64, kind qcow2.Kind) error {
+			if err := gap(off); err != nil {
+				return err
+			}
+			at = off + length
+			return d.from.emit(off, length, kind, d.writer.GetBuffer, emit)
+		})
+		if err != nil {
+			return classify(ClassVerification, err)
+		}
+	}
+	return gap(d.before.Size)
+}
+
+func (d *mergedDisk) flush(ctx context.Context) error { return d.diskCopy.flush(ctx) }
+
+func (d *mergedDisk) verify(ctx context.Context) error { return d.diskCopy.verify(ctx) }
+
+// commit exchanges the files.
+func (m *merging) commit(ctx context.Context) error {
+	if err := m.status.enter(PhaseCommitting); err != nil {
+		return err
+	}
+	for _, d := range m.disks {
+		i := slices.IndexFunc(m.Manifest.Files, func(f repository.File) bool { return f.Name == d.digestFile.Name })
+		if i < 0 {
+			return fail(ClassInternal, "the digests of disk %s are not in the manifest", d.spec.Target)
+		}
+		m.Manifest.Files[i] = d.digestFile
+		// Closed before they are renamed: not every network storage can otherwise.
+		if err := closeAll(&d.image, &d.digests); err != nil {
+			return inDisk(d.spec.Target, classify(ClassRepository, err))
+		}
+	}
+	if err := m.rewrite.Commit(ctx, m.claim, &m.Manifest); err != nil {
+		return inRepository(err)
+	}
+	m.result.Manifest = &m.Manifest
+	return nil
+}
+
+func closeAll(files ...**os.File) error {
+	var errs []error
+	for _, f := range files {
+		errs = append(errs, (*f).Close())
+		*f = nil
+	}
+	return errors.Join(errs...)
+}

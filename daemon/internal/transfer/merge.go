@@ -142,7 +142,7 @@ func (m *merging) open(entry *repository.Disk) error {
 	}
 	m.disks = append(m.disks, d)
 	m.backup.disks = []*diskCopy{d.diskCopy} // one at a time has all threads
-	if d.images == len(from.images) { // the full image is among those merged
+	if d.images == len(from.images) {        // the full image is among those merged
 		entry.Kind, entry.Changes = repository.KindFull, ""
 	} else if d.parent, err = openDisk(m.repo, m.base, entry.Target); err != nil {
 		return err

@@ -130,6 +130,7 @@ func (a *app) listCommand() *cobra.Command {
 	addChoice(cmd, &filter.Kind, "kind", "only those of this kind")
 	f.StringVar(&since, "since", "", "only those not older than this `TIME`: 2026-01-31, \"2026-01-31 14:00\", 7d, 12h")
 	f.StringVar(&until, "until", "", "only those older than this `TIME`")
+	limit := addLimit(cmd)
 	complete(cmd, "repository", a.names(0, repositoryNames))
 	complete(cmd, "offering", a.names(0, offeringNames))
 	for _, name := range []string{"chain", "since", "until"} {
@@ -147,11 +148,14 @@ func (a *app) listCommand() *cobra.Command {
 			}
 			filter.Domain = uuid
 		}
-		backups, err := collect(c.Backups(ctx, filter))
+		backups, err := take(c.Backups(ctx, filter), limit.in(a.json))
 		if err != nil {
 			return err
 		}
-		return a.show(backups, func(p *page) { backupTable(p, backups) })
+		return a.show(backups, func(p *page) {
+			backupTable(p, backups)
+			limit.hint(p, len(backups))
+		})
 	})
 	return cmd
 }

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -16,11 +17,14 @@ import (
 func (a *app) domainCommand() *cobra.Command {
 	list := &cobra.Command{Use: "list", Short: "List domains", Args: cobra.NoArgs}
 	list.RunE = a.verb(func(ctx context.Context, c *dbus.Client, _ []string) error {
-		objects, err := c.Objects(ctx)
+		all, err := collect(c.Domains(ctx, dbus.DomainFilter{}))
 		if err != nil {
 			return err
 		}
-		return a.show(objects.Domains, func(p *page) { domainTable(p, objects.Domains) })
+		slices.SortFunc(all, func(x, y dbus.DomainProperties) int {
+			return cmp.Or(cmp.Compare(x.Name, y.Name), cmp.Compare(x.UUID, y.UUID))
+		})
+		return a.show(all, func(p *page) { domainTable(p, all) })
 	})
 	assign := &cobra.Command{
 		Use: "assign DOMAIN OFFERING", Short: "Assign an offering to a domain", Args: cobra.ExactArgs(2),
@@ -245,33 +249,62 @@ func (a *app) statusCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		objects, err := c.Objects(ctx)
+		jobs, err := collect(c.Jobs(ctx, dbus.JobFilter{Unfinished: true}))
 		if err != nil {
 			return err
 		}
-		jobs := []dbus.JobProperties{}
-		for _, j := range objects.Jobs {
-			if !j.State.Final() {
-				jobs = append(jobs, j)
-			}
+		repositories, err := c.Repositories(ctx)
+		if err != nil {
+			return err
 		}
-		all := object{{"manager", manager}, {"jobs", jobs}, {"repositories", objects.Repositories}, {"domains", objects.Domains}}
+		domains, err := c.DomainPage(ctx, dbus.DomainFilter{}, "", statusDomains)
+		if err != nil {
+			return err
+		}
+		all := object{{"manager", manager}, {"jobs", jobs}, {"repositories", repositories}, {"protection", counts(domains)}, {"domains", domains.Domains}}
 		return a.show(all, func(p *page) {
-			statusPage(p, manager)
+			statusPage(p, manager, domains)
 			if len(jobs) > 0 {
 				p.line("")
 				jobTable(p, jobs)
 			}
 			p.line("")
-			repositoryTable(p, objects.Repositories)
+			repositoryTable(p, repositories)
 			p.line("")
-			domainTable(p, objects.Domains)
+			domainTable(p, domains.Domains)
+			if domains.Next != "" && p.legend {
+				p.line("More domains are listed by \"virtbackupctl domain list\".")
+			}
 		})
 	})
 	return cmd
 }
 
-func statusPage(p *page, m dbus.ManagerProperties) {
+// statusDomains is how many domains the status shows, those first that need
+// somebody to look at them.
+const statusDomains = 50
+
+// counts says how many domains are protected how.
+func counts(page dbus.DomainPage) object {
+	var all object
+	for _, word := range dbus.Protection("").Values() {
+		all = append(all, member{word, page.Counts[dbus.Protection(word)]})
+	}
+	return all
+}
+
+// countsText is the same for people.
+func countsText(page dbus.DomainPage) string {
+	var parts []string
+	for _, word := range dbus.Protection("").Values() {
+		if n := page.Counts[dbus.Protection(word)]; n > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s", n, word))
+		}
+	}
+	return strings.Join(parts, ", ")
+}
+
+func statusPage(p *page, m dbus.ManagerProperties, domains dbus.DomainPage) {
 	libvirt := "connected"
 	if !m.LibvirtConnected {
 		libvirt = strings.TrimSuffix("not connected: "+m.LibvirtError, ": ")
@@ -281,6 +314,7 @@ func statusPage(p *page, m dbus.ManagerProperties) {
 		"Libvirt", libvirt,
 		"Hook", hook(m, time.Now()),
 		"Jobs", fmt.Sprintf("%d running, %d queued", m.JobsRunning, m.JobsQueued),
+		"Domains", countsText(domains),
 	)
 }
 

@@ -1,16 +1,15 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"iter"
-	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/virtbackup/virtbackup/dbus"
 )
@@ -33,6 +32,7 @@ func (a *app) jobsCommand() *cobra.Command {
 	f.StringVar(&until, "until", "", "only those older than this `TIME`")
 	complete(cmd, "since", cobra.NoFileCompletions)
 	complete(cmd, "until", cobra.NoFileCompletions)
+	limit := addLimit(cmd)
 	cmd.MarkFlagsMutuallyExclusive("all", "state")
 	cmd.PreRunE = func(*cobra.Command, []string) (err error) {
 		filter.Since, filter.Until, err = period(since, until)
@@ -49,7 +49,7 @@ func (a *app) jobsCommand() *cobra.Command {
 		var jobs []dbus.JobProperties
 		var err error
 		if all || filter.State != nil {
-			jobs, err = collect(c.Jobs(ctx, filter))
+			jobs, err = take(c.Jobs(ctx, filter), limit.in(a.json))
 		} else {
 			jobs, err = liveJobs(ctx, c, filter)
 		}
@@ -59,6 +59,7 @@ func (a *app) jobsCommand() *cobra.Command {
 		return a.show(jobs, func(p *page) {
 			if len(jobs) > 0 {
 				jobTable(p, jobs)
+				limit.hint(p, len(jobs))
 			} else if p.legend && all {
 				p.line("No jobs.")
 			} else if p.legend {
@@ -70,37 +71,59 @@ func (a *app) jobsCommand() *cobra.Command {
 }
 
 // collect reads a list to its end.
-func collect[R any](list iter.Seq2[R, error]) ([]R, error) {
+func collect[R any](list iter.Seq2[R, error]) ([]R, error) { return take(list, 0) }
+
+// take reads the first of a list, or all for 0.
+func take[R any](list iter.Seq2[R, error], most uint32) ([]R, error) {
 	all := []R{}
 	for one, err := range list {
 		if err != nil {
 			return nil, err
 		}
-		all = append(all, one)
+		if all = append(all, one); uint32(len(all)) == most {
+			break
+		}
 	}
 	return all, nil
 }
 
+// shownEntries is how many entries of a long list are shown to people who do
+// not say how many; programs get all.
+const shownEntries = 100
+
+// limitFlag is --limit of a list.
+type limitFlag struct {
+	flag *pflag.Flag
+	most uint32
+}
+
+func addLimit(cmd *cobra.Command) *limitFlag {
+	l := &limitFlag{}
+	cmd.Flags().Uint32Var(&l.most, "limit", shownEntries, "the newest `N` only, 0 for all; with --json, all unless it is given")
+	l.flag = cmd.Flags().Lookup("limit")
+	complete(cmd, "limit", cobra.NoFileCompletions)
+	return l
+}
+
+// in returns how many entries are to be shown; 0 for all.
+func (l *limitFlag) in(mode jsonMode) uint32 {
+	if mode != jsonOff && !l.flag.Changed {
+		return 0
+	}
+	return l.most
+}
+
+// hint says that there may be more than a table shows.
+func (l *limitFlag) hint(p *page, shown int) {
+	if p.legend && !l.flag.Changed && shown == shownEntries {
+		p.line("These are the newest %d; --limit says how many.", shown)
+	}
+}
+
 // liveJobs returns the jobs that have not ended, newest first.
 func liveJobs(ctx context.Context, c *dbus.Client, filter dbus.JobFilter) ([]dbus.JobProperties, error) {
-	byID := make(map[string]dbus.JobProperties)
-	// In the order in which a job passes them, so that none is missed.
-	for _, state := range []dbus.JobState{dbus.JobQueued, dbus.JobRunning, dbus.JobCancelling} {
-		filter.State = &state
-		some, err := collect(c.Jobs(ctx, filter))
-		if err != nil {
-			return nil, err
-		}
-		for _, job := range some {
-			byID[job.ID] = job
-		}
-	}
-	jobs := []dbus.JobProperties{}
-	for _, job := range byID {
-		jobs = append(jobs, job)
-	}
-	slices.SortFunc(jobs, func(x, y dbus.JobProperties) int { return cmp.Compare(y.ID, x.ID) })
-	return jobs, nil
+	filter.Unfinished = true
+	return collect(c.Jobs(ctx, filter))
 }
 
 func jobTable(p *page, jobs []dbus.JobProperties) {

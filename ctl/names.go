@@ -90,27 +90,27 @@ func (a *app) names(most int, list func(ctx context.Context, c *dbus.Client) ([]
 }
 
 func domainNames(ctx context.Context, c *dbus.Client) ([]cobra.Completion, error) {
-	objects, err := c.Objects(ctx)
+	domains, err := collect(c.Domains(ctx, dbus.DomainFilter{}))
 	var all []cobra.Completion
-	for _, d := range objects.Domains {
+	for _, d := range domains {
 		all = append(all, described(d.Name, string(d.Protection)))
 	}
 	return all, err
 }
 
 func repositoryNames(ctx context.Context, c *dbus.Client) ([]cobra.Completion, error) {
-	objects, err := c.Objects(ctx)
+	repositories, err := c.Repositories(ctx)
 	var all []cobra.Completion
-	for _, r := range objects.Repositories {
+	for _, r := range repositories {
 		all = append(all, described(r.Name, r.Path))
 	}
 	return all, err
 }
 
 func offeringNames(ctx context.Context, c *dbus.Client) ([]cobra.Completion, error) {
-	objects, err := c.Objects(ctx)
+	offerings, err := c.Offerings(ctx)
 	var all []cobra.Completion
-	for _, o := range objects.Offerings {
+	for _, o := range offerings {
 		all = append(all, described(o.Name, string(o.Mode)+" to "+o.Repository))
 	}
 	return all, err

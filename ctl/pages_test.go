@@ -87,9 +87,9 @@ func TestDomainPageTellsWhatTheNextBackupWouldDo(t *testing.T) {
 		domain: dbus.DomainProperties{
 			Name: "web", UUID: "u", State: "shutoff", Offering: "daily", Protection: dbus.ProtectionProtected, Chain: "01A", ChainLength: 3,
 			Disks: []dbus.DomainDisk{
-				{Target: "vda", Format: "qcow2", Size: 1 << 30, Source: "/d/a.qcow2", Tracking: dbus.TrackingCBT, Included: true},
-				{Target: "vdb", Format: "qcow2", Size: 1 << 30, Source: "/d/b.qcow2", Tracking: dbus.TrackingDigest, Cause: "changed-while-off", Included: true},
-				{Target: "sda", Format: "raw", Size: 1 << 20, Cause: "it is a cdrom", Tracking: dbus.TrackingNone},
+				{Target: "vda", Format: "qcow2", Size: 1 << 30, Source: "/d/a.qcow2", Included: true},
+				{Target: "vdb", Format: "qcow2", Size: 1 << 30, Source: "/d/b.qcow2", Included: true},
+				{Target: "sda", Format: "raw", Size: 1 << 20, Cause: "it is a cdrom"},
 			},
 		},
 		tracking: []dbus.DomainTracking{

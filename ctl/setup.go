@@ -24,11 +24,11 @@ func (a *app) jsonRecord(record any, err error) error {
 func (a *app) repositoryCommand() *cobra.Command {
 	list := &cobra.Command{Use: "list", Short: "List repositories", Args: cobra.NoArgs}
 	list.RunE = a.verb(func(ctx context.Context, c *dbus.Client, _ []string) error {
-		objects, err := c.Objects(ctx)
+		all, err := c.Repositories(ctx)
 		if err != nil {
 			return err
 		}
-		return a.show(objects.Repositories, func(p *page) { repositoryTable(p, objects.Repositories) })
+		return a.show(all, func(p *page) { repositoryTable(p, all) })
 	})
 	show := a.repositoryVerb("show", "Show a repository", func(ctx context.Context, c *dbus.Client, r dbus.RepositoryProperties) error {
 		return a.show(r, func(p *page) { repositoryPage(p, r) })
@@ -136,11 +136,11 @@ func repositoryPage(p *page, r dbus.RepositoryProperties) {
 func (a *app) offeringCommand() *cobra.Command {
 	list := &cobra.Command{Use: "list", Short: "List offerings", Args: cobra.NoArgs}
 	list.RunE = a.verb(func(ctx context.Context, c *dbus.Client, _ []string) error {
-		objects, err := c.Objects(ctx)
+		all, err := c.Offerings(ctx)
 		if err != nil {
 			return err
 		}
-		return a.show(objects.Offerings, func(p *page) { offeringTable(p, objects.Offerings) })
+		return a.show(all, func(p *page) { offeringTable(p, all) })
 	})
 	show := a.offeringVerb("show", "Show an offering", func(ctx context.Context, c *dbus.Client, o dbus.OfferingProperties) error {
 		return a.show(o, func(p *page) { offeringPage(p, o) })

@@ -162,7 +162,6 @@ type Objects struct {
 	Repositories []RepositoryProperties
 	Offerings    []OfferingProperties
 	Domains      []DomainProperties
-	Chains       []ChainProperties
 	Jobs         []JobProperties
 }
 
@@ -182,7 +181,7 @@ func (c *Client) Objects(ctx context.Context) (Objects, error) {
 		interfaces := byPath[path]
 		errs = append(errs,
 			appendRecord(&o.Repositories, interfaces), appendRecord(&o.Offerings, interfaces),
-			appendRecord(&o.Domains, interfaces), appendRecord(&o.Chains, interfaces), appendRecord(&o.Jobs, interfaces))
+			appendRecord(&o.Domains, interfaces), appendRecord(&o.Jobs, interfaces))
 	}
 	return o, errors.Join(errs...)
 }
@@ -200,40 +199,111 @@ func appendRecord[R Record](list *[]R, interfaces map[string]map[string]godbus.V
 	return nil
 }
 
+// Repositories lists all repositories, by name.
+func (c *Client) Repositories(ctx context.Context) ([]RepositoryProperties, error) {
+	return list[RepositoryProperties](ctx, c, Ref{Kind: KindManager}, "ListRepositories")
+}
+
+// Offerings lists all offerings, by name.
+func (c *Client) Offerings(ctx context.Context) ([]OfferingProperties, error) {
+	return list[OfferingProperties](ctx, c, Ref{Kind: KindManager}, "ListOfferings")
+}
+
+// DomainPage is one page of Manager.ListDomains.
+type DomainPage struct {
+	Domains []DomainProperties
+	// Counts says, of all that the filter selects, how many are protected how.
+	Counts map[Protection]uint32
+	Next   string // the cursor; empty on the last page
+}
+
+// DomainPage reads one page of domains, those first that need somebody to look
+// at them; limit as of the API.
+func (c *Client) DomainPage(ctx context.Context, f DomainFilter, cursor string, limit uint32) (page DomainPage, err error) {
+	var domains []map[string]godbus.Variant
+	var counts map[string]uint32
+	if err := c.manager(ctx, "ListDomains", []any{EncodeOptions(f), cursor, limit}, &domains, &counts, &page.Next); err != nil {
+		return page, err
+	}
+	page.Domains, page.Counts = make([]DomainProperties, len(domains)), make(map[Protection]uint32, len(counts))
+	for i, properties := range domains {
+		if err := DecodeRecord(properties, &page.Domains[i]); err != nil {
+			return page, err
+		}
+	}
+	for protection, n := range counts {
+		page.Counts[Protection(protection)] = n
+	}
+	return page, nil
+}
+
+// Domains lists domains as Backups does backups, in the order of DomainPage.
+func (c *Client) Domains(ctx context.Context, f DomainFilter) iter.Seq2[DomainProperties, error] {
+	return pages(func(cursor string, limit uint32) ([]DomainProperties, string, error) {
+		page, err := c.DomainPage(ctx, f, cursor, limit)
+		return page.Domains, page.Next, err
+	})
+}
+
 // Backups lists backups, newest first. It asks for pages as they are needed,
 // and yields one error at most, as the last.
 func (c *Client) Backups(ctx context.Context, f BackupFilter) iter.Seq2[BackupProperties, error] {
-	return pages[BackupProperties](ctx, c, "ListBackups", EncodeOptions(f))
+	return listed[BackupProperties](ctx, c, "ListBackups", EncodeOptions(f))
+}
+
+// Chains lists chains as Backups does backups.
+func (c *Client) Chains(ctx context.Context, f ChainFilter) iter.Seq2[ChainProperties, error] {
+	return listed[ChainProperties](ctx, c, "ListChains", EncodeOptions(f))
 }
 
 // Jobs lists jobs as Backups does backups.
 func (c *Client) Jobs(ctx context.Context, f JobFilter) iter.Seq2[JobProperties, error] {
-	return pages[JobProperties](ctx, c, "ListJobs", EncodeOptions(f))
+	return listed[JobProperties](ctx, c, "ListJobs", EncodeOptions(f))
 }
 
-func pages[R Record](ctx context.Context, c *Client, member string, filters map[string]godbus.Variant) iter.Seq2[R, error] {
-	return func(yield func(R, error) bool) {
-		var cursor string
-		for {
-			var page []map[string]godbus.Variant
-			err := c.manager(ctx, member, []any{filters, cursor, uint32(0)}, &page, &cursor)
-			for _, properties := range page {
-				var record R
-				if err = DecodeRecord(properties, &record); err != nil {
-					break
-				}
-				if !yield(record, nil) {
-					return
-				}
+func listed[R Record](ctx context.Context, c *Client, member string, filters map[string]godbus.Variant) iter.Seq2[R, error] {
+	return pages(func(cursor string, limit uint32) ([]R, string, error) {
+		var page []map[string]godbus.Variant
+		var next string
+		if err := c.manager(ctx, member, []any{filters, cursor, limit}, &page, &next); err != nil {
+			return nil, "", err
+		}
+		all := make([]R, len(page))
+		for i, properties := range page {
+			if err := DecodeRecord(properties, &all[i]); err != nil {
+				return nil, "", err
 			}
+		}
+		return all, next, nil
+	})
+}
+
+// The first page is as large as what people look at, the others as large as can be.
+const (
+	firstPage = 100
+	laterPage = 1000
+)
+
+// pages yields what pages hold, read as they are needed.
+func pages[R any](read func(cursor string, limit uint32) ([]R, string, error)) iter.Seq2[R, error] {
+	return func(yield func(R, error) bool) {
+		cursor, limit := "", uint32(firstPage)
+		for {
+			page, next, err := read(cursor, limit)
 			if err != nil {
 				var none R
 				yield(none, err)
 				return
 			}
-			if cursor == "" {
+			for _, one := range page {
+				if !yield(one, nil) {
+					return
+				}
+			}
+			if next == "" {
 				return
 			}
+			cursor, limit = next, laterPage
 		}
 	}
 }

@@ -156,6 +156,12 @@ func (BackupKind) Values() []string { return []string{"full", "incremental"} }
 // Values returns what a BackupState can be.
 func (BackupState) Values() []string { return []string{"complete", "damaged", "missing", "deleting"} }
 
+// Values returns what a Protection can be, the worst first.
+func (Protection) Values() []string { return []string{"failing", "pending", "unassigned", "protected"} }
+
+// Values returns what a ChainState can be.
+func (ChainState) Values() []string { return []string{"open", "finished", "broken"} }
+
 // Values returns what a JobState can be.
 func (JobState) Values() []string {
 	return []string{"queued", "running", "cancelling", "succeeded", "failed", "cancelled"}

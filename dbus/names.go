@@ -51,8 +51,8 @@ func (k Kind) Interface() string {
 }
 
 // Managed tells whether objects of the kind are listed by the ObjectManager.
-// Backups are too many; the Manager is the ObjectManager itself.
-func (k Kind) Managed() bool { return k != KindBackup && k != KindManager }
+// Chains and backups are too many; the Manager is the ObjectManager itself.
+func (k Kind) Managed() bool { return k != KindChain && k != KindBackup && k != KindManager }
 
 // Ref names one object. ID consists of letters, digits and dashes: an ULID, or
 // the UUID of a domain.

@@ -138,11 +138,26 @@ type BackupFilter struct {
 	Until      *time.Time   `dbus:"until"`
 }
 
+// DomainFilter is what Manager.ListDomains filters by; what is empty does not.
+type DomainFilter struct {
+	Offering   string      `dbus:"offering"`
+	Protection *Protection `dbus:"protection"`
+}
+
+// ChainFilter is what Manager.ListChains filters by; what is empty does not.
+type ChainFilter struct {
+	Domain     string      `dbus:"domain"`
+	Repository string      `dbus:"repository"`
+	State      *ChainState `dbus:"state"`
+}
+
 // JobFilter is what Manager.ListJobs filters by; what is empty does not.
 type JobFilter struct {
 	Domain    string     `dbus:"domain"`
 	Operation *Operation `dbus:"operation"`
 	State     *JobState  `dbus:"state"`
-	Since     *time.Time `dbus:"since"`
-	Until     *time.Time `dbus:"until"`
+	// Unfinished leaves out those that have ended.
+	Unfinished bool       `dbus:"unfinished"`
+	Since      *time.Time `dbus:"since"`
+	Until      *time.Time `dbus:"until"`
 }

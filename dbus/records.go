@@ -80,14 +80,12 @@ type OfferingProperties struct {
 
 // DomainDisk is one of DomainProperties.Disks.
 type DomainDisk struct {
-	Target   string    `dbus:"target"`
-	Source   string    `dbus:"source"`
-	Format   string    `dbus:"format"`
-	Size     uint64    `dbus:"size"`
-	Tracking Tracking  `dbus:"tracking"`
-	Cause    string    `dbus:"cause"`
-	Since    time.Time `dbus:"since"`
-	Included bool      `dbus:"included"`
+	Target   string `dbus:"target"`
+	Source   string `dbus:"source"`
+	Format   string `dbus:"format"`
+	Size     uint64 `dbus:"size"`
+	Included bool   `dbus:"included"`
+	Cause    string `dbus:"cause"`
 }
 
 // EffectiveSetting is one of Domain.ListSettings.

@@ -65,7 +65,10 @@ func (h *host) everything(g *guest) string {
 		h.t.Fatal(err)
 	}
 	var text strings.Builder
-	fmt.Fprintln(&text, o.Repositories, o.Offerings, o.Chains, len(o.Jobs))
+	fmt.Fprintln(&text, o.Repositories, o.Offerings, len(o.Jobs))
+	for c, err := range h.Chains(h.t.Context(), dbus.ChainFilter{Domain: g.uuid}) {
+		fmt.Fprintln(&text, c, err)
+	}
 	for b, err := range h.Backups(h.t.Context(), dbus.BackupFilter{Domain: g.uuid}) {
 		fmt.Fprintln(&text, b, err)
 	}

@@ -42,17 +42,23 @@ type Reader interface {
 	// Manager returns the state of the daemon.
 	Manager(ctx context.Context) (dbus.ManagerProperties, error)
 	// Objects returns all managed objects: repositories, offerings, domains,
-	// chains, and the jobs that are live or ended lately.
+	// and the jobs that are live or ended lately.
 	Objects(ctx context.Context) ([]dbus.Record, error)
-	// Object returns one object of any kind, also backups and old jobs;
+	// Object returns one object of any kind, also chains, backups and old jobs;
 	// dbus.ErrNotFound when there is none. It must not wait for libvirt.
 	Object(ctx context.Context, ref dbus.Ref) (dbus.Record, error)
 	// Find resolves the name or id of a repository or offering, the name or
 	// UUID of a domain, or the (beginning of the) id of a backup;
 	// dbus.ErrNotFound when there is none.
 	Find(ctx context.Context, kind dbus.Kind, name string) (dbus.Ref, error)
-	// ListBackups and ListJobs return one page, newest first, and the cursor
-	// of the next, which is empty at the end. The limit is from 1 to 1000.
+	// ListRepositories and ListOfferings return all, by name.
+	ListRepositories(ctx context.Context) ([]dbus.RepositoryProperties, error)
+	ListOfferings(ctx context.Context) ([]dbus.OfferingProperties, error)
+	// ListDomains returns one page, as the API has it. The limit is from 1 to 1000.
+	ListDomains(ctx context.Context, f dbus.DomainFilter, cursor string, limit int) (dbus.DomainPage, error)
+	// ListChains, ListBackups and ListJobs return one page, newest first, and
+	// the cursor of the next, which is empty at the end. The limit is from 1 to 1000.
+	ListChains(ctx context.Context, f dbus.ChainFilter, cursor string, limit int) ([]dbus.ChainProperties, string, error)
 	ListBackups(ctx context.Context, f dbus.BackupFilter, cursor string, limit int) ([]dbus.BackupProperties, string, error)
 	ListJobs(ctx context.Context, f dbus.JobFilter, cursor string, limit int) ([]dbus.JobProperties, string, error)
 }

@@ -35,7 +35,7 @@ func newMemory() *memory {
 		dbus.RepositoryProperties{ID: "R2", Name: "tape", Type: "dir", Path: "/srv/tape"},
 		dbus.OfferingProperties{ID: "O1", Name: "daily", Repository: "nas", Mode: dbus.ModeIncremental, Domains: []string{webUUID}},
 		dbus.OfferingProperties{ID: "O2", Name: "weekly", Repository: "tape", Mode: dbus.ModeFull},
-		dbus.DomainProperties{UUID: webUUID, Name: "web", State: "running", Offering: "daily", Disks: []dbus.DomainDisk{{Target: "vda", Tracking: dbus.TrackingCBT}}},
+		dbus.DomainProperties{UUID: webUUID, Name: "web", State: "running", Offering: "daily", Disks: []dbus.DomainDisk{{Target: "vda"}}},
 		dbus.DomainProperties{UUID: mailUUID, Name: "mail", State: "shutoff"},
 		dbus.ChainProperties{ID: "C1", DomainUUID: webUUID, DomainName: "web", Repository: "nas", Offering: "daily", State: dbus.ChainOpen},
 		dbus.JobProperties{ID: jobID, Operation: dbus.OperationBackup, State: dbus.JobRunning, DomainUUID: webUUID, DomainName: "web"},
@@ -140,6 +140,28 @@ func (m *memory) ListBackups(_ context.Context, f dbus.BackupFilter, cursor stri
 func (m *memory) ListJobs(context.Context, dbus.JobFilter, string, int) ([]dbus.JobProperties, string, error) {
 	r, err := m.Object(context.Background(), dbus.Ref{Kind: dbus.KindJob, ID: jobID})
 	return []dbus.JobProperties{r.(dbus.JobProperties)}, "", err
+}
+
+func (m *memory) ListRepositories(context.Context) ([]dbus.RepositoryProperties, error) {
+	return []dbus.RepositoryProperties{m.objects[dbus.Ref{Kind: dbus.KindRepository, ID: "R1"}].(dbus.RepositoryProperties)}, nil
+}
+
+func (m *memory) ListOfferings(context.Context) ([]dbus.OfferingProperties, error) {
+	return []dbus.OfferingProperties{m.objects[dbus.Ref{Kind: dbus.KindOffering, ID: "O1"}].(dbus.OfferingProperties)}, nil
+}
+
+func (m *memory) ListDomains(_ context.Context, f dbus.DomainFilter, cursor string, limit int) (dbus.DomainPage, error) {
+	// Two pages of the same domain.
+	one := m.objects[dbus.Ref{Kind: dbus.KindDomain, ID: webUUID}].(dbus.DomainProperties)
+	one.Offering = f.Offering
+	next := map[string]string{"": fmt.Sprint("after ", limit)}[cursor]
+	return dbus.DomainPage{Domains: []dbus.DomainProperties{one}, Counts: map[dbus.Protection]uint32{*f.Protection: 2}, Next: next}, nil
+}
+
+func (m *memory) ListChains(_ context.Context, f dbus.ChainFilter, _ string, _ int) ([]dbus.ChainProperties, string, error) {
+	one := m.objects[dbus.Ref{Kind: dbus.KindChain, ID: "C1"}].(dbus.ChainProperties)
+	one.State = *f.State
+	return []dbus.ChainProperties{one}, "", nil
 }
 
 func (m *memory) EffectiveConfiguration(context.Context) ([]dbus.Setting, error) {

@@ -57,13 +57,53 @@ func pageLimit(limit int) (int, error) {
 	return limit, nil
 }
 
+// listAll is a method that lists what there are few of.
+func listAll[R any](read func(Backend, context.Context) ([]R, error)) parser {
+	return func(dbus.Ref, arguments) (request, error) {
+		return request{run: func(ctx context.Context, s *Server, _ Caller) ([]any, error) {
+			all, err := read(s.backend, ctx)
+			return []any{dbus.EncodeRecords(all)}, err
+		}}, nil
+	}
+}
+
+// pageAsked reads the arguments of a method that lists page by page: filters,
+// a cursor and a limit.
+func pageAsked(a arguments, filters any) (cursor string, limit int, err error) {
+	if err := dbus.DecodeOptions(a[0].(map[string]godbus.Variant), filters); err != nil {
+		return "", 0, err
+	}
+	limit, err = pageLimit(a.number(2))
+	return a.text(1), limit, err
+}
+
+func listDomains(_ dbus.Ref, a arguments) (request, error) {
+	var f dbus.DomainFilter
+	cursor, limit, err := pageAsked(a, &f)
+	run := func(ctx context.Context, s *Server, _ Caller) ([]any, error) {
+		page, err := s.backend.ListDomains(ctx, f, cursor, limit)
+		counts := make(map[string]uint32, len(page.Counts))
+		for protection, n := range page.Counts {
+			counts[string(protection)] = n
+		}
+		return []any{dbus.EncodeRecords(page.Domains), counts, page.Next}, err
+	}
+	return request{mentions: mentions(mention{dbus.KindOffering, f.Offering}), run: run}, err
+}
+
+func listChains(_ dbus.Ref, a arguments) (request, error) {
+	var f dbus.ChainFilter
+	cursor, limit, err := pageAsked(a, &f)
+	run := func(ctx context.Context, s *Server, _ Caller) ([]any, error) {
+		chains, next, err := s.backend.ListChains(ctx, f, cursor, limit)
+		return []any{dbus.EncodeRecords(chains), next}, err
+	}
+	return request{mentions: mentions(mention{dbus.KindDomain, f.Domain}, mention{dbus.KindRepository, f.Repository}), run: run}, err
+}
+
 func listBackups(_ dbus.Ref, a arguments) (request, error) {
 	var f dbus.BackupFilter
-	if err := dbus.DecodeOptions(a[0].(map[string]godbus.Variant), &f); err != nil {
-		return request{}, err
-	}
-	cursor := a.text(1)
-	limit, err := pageLimit(a.number(2))
+	cursor, limit, err := pageAsked(a, &f)
 	run := func(ctx context.Context, s *Server, _ Caller) ([]any, error) {
 		backups, next, err := s.backend.ListBackups(ctx, f, cursor, limit)
 		return []any{dbus.EncodeRecords(backups), next}, err
@@ -76,11 +116,7 @@ func listBackups(_ dbus.Ref, a arguments) (request, error) {
 
 func listJobs(_ dbus.Ref, a arguments) (request, error) {
 	var f dbus.JobFilter
-	if err := dbus.DecodeOptions(a[0].(map[string]godbus.Variant), &f); err != nil {
-		return request{}, err
-	}
-	cursor := a.text(1)
-	limit, err := pageLimit(a.number(2))
+	cursor, limit, err := pageAsked(a, &f)
 	run := func(ctx context.Context, s *Server, _ Caller) ([]any, error) {
 		jobs, next, err := s.backend.ListJobs(ctx, f, cursor, limit)
 		return []any{dbus.EncodeRecords(jobs), next}, err

@@ -146,7 +146,7 @@ func TestClientReadsWhatTheBackendSays(t *testing.T) {
 		t.Error(manager, err)
 	}
 	objects, err := c.Objects(ctx)
-	if err != nil || len(objects.Repositories) != 2 || len(objects.Offerings) != 2 || len(objects.Domains) != 2 || len(objects.Chains) != 1 || len(objects.Jobs) != 1 {
+	if err != nil || len(objects.Repositories) != 2 || len(objects.Offerings) != 2 || len(objects.Domains) != 2 || len(objects.Jobs) != 1 {
 		t.Errorf("%+v, %v", objects, err)
 	}
 	for _, f := range []struct {
@@ -165,6 +165,34 @@ func TestClientReadsWhatTheBackendSays(t *testing.T) {
 	want.Causes, want.Children = []string{}, []string{}
 	if diff := cmp.Diff(want, backup); diff != "" || err != nil {
 		t.Error(diff, err)
+	}
+	failing, broken := dbus.ProtectionFailing, dbus.ChainBroken
+	domains := dbus.DomainFilter{Offering: "daily", Protection: &failing}
+	page, err := c.DomainPage(ctx, domains, "", 7)
+	if err != nil || len(page.Domains) != 1 || page.Domains[0].UUID != webUUID || page.Domains[0].Offering != "daily" || page.Counts[failing] != 2 || page.Next != "after 7" {
+		t.Errorf("%+v, %v", page, err)
+	}
+	all := 0
+	for d, err := range c.Domains(ctx, domains) {
+		if err != nil || d.UUID != webUUID {
+			t.Error(d, err)
+		}
+		all++
+	}
+	for chain, err := range c.Chains(ctx, dbus.ChainFilter{Domain: "web", Repository: "nas", State: &broken}) {
+		if err != nil || chain.ID != "C1" || chain.State != broken {
+			t.Error(chain, err)
+		}
+		all++
+	}
+	if all != 3 {
+		t.Errorf("%d domains and chains were listed", all)
+	}
+	if got, err := c.Repositories(ctx); err != nil || len(got) != 1 || got[0].ID != "R1" {
+		t.Error(got, err)
+	}
+	if got, err := c.Offerings(ctx); err != nil || len(got) != 1 || got[0].ID != "O1" {
+		t.Error(got, err)
 	}
 	var listed int
 	for b, err := range c.Backups(ctx, dbus.BackupFilter{Domain: "web"}) {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"database/sql"
 	"encoding/json"
-	"fmt"
 	"strings"
 	"time"
 
@@ -159,21 +158,38 @@ func (p Page) limit() int {
 // manifest. The next page starts after the last one's id; it is the last page
 // when it has fewer than asked for.
 func (c *Catalog) ListBackups(ctx context.Context, f BackupFilter, p Page) (list []Backup, err error) {
+	query, args := f.query(p)
+	err = c.read(ctx, "list backups", func(tx *sql.Tx) (err error) {
+		list, err = collect(ctx, tx, scanBackup, query, args...)
+		return err
+	})
+	return list, err
+}
+
+func (f BackupFilter) query(p Page) (string, []any) {
 	var q conditions
 	q.equal("domain", f.Domain)
 	q.equal("repository", f.Repository)
 	q.equal("chain", f.Chain)
 	q.equal("offering", f.Offering)
 	q.equal("kind", string(f.Kind))
-	oneOf(&q, "state", f.States)
+	q.states(f.States)
 	q.window(f.Since, f.Until)
 	q.after(p)
-	err = c.read(ctx, "list backups", func(tx *sql.Tx) (err error) {
-		list, err = collect(ctx, tx, scanBackup, "SELECT "+backupColumns+" FROM backups"+q.where()+" ORDER BY id DESC LIMIT ?",
-			append(q.args, p.limit())...)
-		return err
-	})
-	return list, err
+	return "SELECT " + backupColumns + " FROM backups" + q.where() + " ORDER BY id DESC LIMIT ?", append(q.args, p.limit())
+}
+
+// states selects backups in one of these states. A single one that few are in
+// is written out: only so SQLite uses the index of those alone.
+func (q *conditions) states(all []chain.BackupState) {
+	if len(all) == 1 {
+		switch all[0] {
+		case chain.Running, chain.Deleting, chain.Damaged:
+			q.add("state = '" + string(all[0]) + "'")
+			return
+		}
+	}
+	oneOf(q, "state", all)
 }
 
 // ChainBackups returns the backups of a chain with their images, the full one
@@ -244,8 +260,11 @@ func oneOf[T any](q *conditions, column string, values []T) {
 	for i, v := range values {
 		args[i] = v
 	}
-	q.add(fmt.Sprintf("%s IN (?%s)", column, strings.Repeat(", ?", len(values)-1)), args...)
+	q.add(column+" IN "+(&conditions{args: args}).list(), args...)
 }
+
+// list is what stands in SQL for all arguments.
+func (q *conditions) list() string { return "(?" + strings.Repeat(", ?", len(q.args)-1) + ")" }
 
 func (q *conditions) where() string {
 	if len(q.terms) == 0 {
@@ -259,7 +278,7 @@ func (q *conditions) where() string {
 func (c *Catalog) BackupsByPrefix(ctx context.Context, prefix string, limit int) (ids []string, err error) {
 	err = c.read(ctx, "find backup "+prefix, func(tx *sql.Tx) (err error) {
 		ids, err = collect(ctx, tx, scanString, `SELECT id FROM backups
-			WHERE substr(id, 1, length(?1)) = ?1 AND state NOT IN ('running', 'failed') ORDER BY id LIMIT ?2`, prefix, limit)
+			WHERE id >= ?1 AND id < ?1 || '~' AND state NOT IN ('running', 'failed') ORDER BY id LIMIT ?2`, prefix, limit) // ids have no ~
 		return err
 	})
 	return ids, err

@@ -49,8 +49,10 @@ func (c *Catalog) Chain(ctx context.Context, id string) (one Chain, err error) {
 
 // Chains returns the chains of a domain, or of all for "", newest first.
 func (c *Catalog) Chains(ctx context.Context, domain string) (all []Chain, err error) {
+	var q conditions
+	q.equal("domain", domain)
 	err = c.read(ctx, "list chains", func(tx *sql.Tx) (err error) {
-		all, err = collect(ctx, tx, scanChain, "SELECT "+chainColumns+" FROM chains WHERE ?1 = '' OR domain = ?1 ORDER BY id DESC", domain)
+		all, err = collect(ctx, tx, scanChain, "SELECT "+chainColumns+" FROM chains"+q.where()+" ORDER BY id DESC", q.args...)
 		return err
 	})
 	return all, err

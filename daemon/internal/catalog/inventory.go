@@ -163,9 +163,10 @@ func (c *Catalog) Domain(ctx context.Context, uuid string) (d Domain, err error)
 
 // Domains returns the known domains by name; with an offering, only those assigned to it.
 func (c *Catalog) Domains(ctx context.Context, offering string) (all []Domain, err error) {
+	var q conditions
+	q.equal("offering", offering)
 	err = c.read(ctx, "list domains", func(tx *sql.Tx) (err error) {
-		all, err = collect(ctx, tx, scanDomain, "SELECT "+domainColumns+` FROM domains
-			WHERE ?1 = '' OR offering = ?1 ORDER BY name, uuid`, offering)
+		all, err = collect(ctx, tx, scanDomain, "SELECT "+domainColumns+" FROM domains"+q.where()+" ORDER BY name, uuid", q.args...)
 		return err
 	})
 	return all, err

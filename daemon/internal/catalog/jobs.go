@@ -169,8 +169,10 @@ type JobFilter struct {
 	Kind   string
 	Domain string // UUID
 	States []JobState
-	Since  time.Time // created at or after
-	Until  time.Time // created before
+	// Unfinished selects those that have not ended.
+	Unfinished bool
+	Since      time.Time // created at or after
+	Until      time.Time // created before
 }
 
 // ListJobs returns a page of jobs, newest first.
@@ -179,6 +181,9 @@ func (c *Catalog) ListJobs(ctx context.Context, f JobFilter, p Page) (list []Job
 	q.equal("kind", f.Kind)
 	q.equal("domain", f.Domain)
 	oneOf(&q, "state", f.States)
+	if f.Unfinished {
+		q.add("finished = 0")
+	}
 	q.window(f.Since, f.Until)
 	q.after(p)
 	err = c.read(ctx, "list jobs", func(tx *sql.Tx) (err error) {
@@ -202,8 +207,8 @@ func (c *Catalog) UnfinishedJobs(ctx context.Context) (list []Job, err error) {
 // newest so many. Jobs that have not ended stay.
 func (c *Catalog) PruneJobs(ctx context.Context, before time.Time, keep int) error {
 	return c.write(ctx, "forget old jobs", func(tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, `DELETE FROM jobs WHERE finished <> 0 AND (finished < ? OR id NOT IN
-			(SELECT id FROM jobs WHERE finished <> 0 ORDER BY finished DESC, id DESC LIMIT ?))`, toMicro(before), keep)
+		_, err := tx.ExecContext(ctx, `DELETE FROM jobs WHERE finished <> 0 AND (finished < ? OR (finished, id) <=
+			(SELECT finished, id FROM jobs WHERE finished <> 0 ORDER BY finished DESC, id DESC LIMIT 1 OFFSET ?))`, toMicro(before), keep)
 		return err
 	})
 }

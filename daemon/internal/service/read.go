@@ -10,6 +10,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/job"
 	"github.com/virtbackup/virtbackup/dbus"
 )
 
@@ -20,7 +21,7 @@ const managedJobs = 100
 func (s *Service) Objects(ctx context.Context) ([]dbus.Record, error) {
 	var all []dbus.Record
 	for _, list := range []func(context.Context) ([]dbus.Record, error){
-		s.repositories, s.offerings, s.allDomains, s.chains, s.jobs,
+		s.repositories, s.offerings, s.allDomains, s.jobs,
 	} {
 		records, err := list(ctx)
 		if err != nil {
@@ -60,7 +61,11 @@ func (s *Service) object(ctx context.Context, ref dbus.Ref) (dbus.Record, error)
 		if err != nil {
 			return nil, err
 		}
-		return asRecord(s.chainRecord(ctx, c))
+		links, err := s.Catalog.Links(ctx, []string{c.ID})
+		if err != nil {
+			return nil, err
+		}
+		return asRecord(s.newNames().chain(ctx, c, links[c.ID]))
 	case dbus.KindBackup:
 		b, err := s.Catalog.Backup(ctx, ref.ID)
 		if err != nil {
@@ -69,13 +74,21 @@ func (s *Service) object(ctx context.Context, ref dbus.Ref) (dbus.Record, error)
 		if !listed(b.State) {
 			return nil, dbus.ErrNotFound
 		}
-		return asRecord(s.backupRecord(ctx, b))
+		children, err := s.Catalog.Children(ctx, b.ID)
+		if err != nil {
+			return nil, err
+		}
+		return asRecord(s.newNames().backup(ctx, b, children))
 	case dbus.KindJob:
 		st, err := s.Jobs.Job(ctx, ref.ID)
 		if err != nil {
 			return nil, err
 		}
-		return asRecord(s.jobRecord(ctx, st))
+		warnings, err := s.Catalog.JobWarnings(ctx, []string{st.ID})
+		if err != nil {
+			return nil, err
+		}
+		return asRecord(s.newNames().job(ctx, st, warnings[st.ID]))
 	}
 	return nil, dbus.ErrNotFound
 }
@@ -169,6 +182,52 @@ func (s *Service) findBackup(ctx context.Context, prefix string) (string, error)
 	return "", dbus.Errorf(dbus.ErrInvalidArgument, "several backups begin with %q, as %s and %s: say more of the id", prefix, ids[0], ids[1])
 }
 
+// ListRepositories returns all repositories.
+func (s *Service) ListRepositories(ctx context.Context) ([]dbus.RepositoryProperties, error) {
+	all, err := s.repositories(ctx)
+	return only[dbus.RepositoryProperties](all), failure.Named(err)
+}
+
+// ListOfferings returns all offerings.
+func (s *Service) ListOfferings(ctx context.Context) ([]dbus.OfferingProperties, error) {
+	all, err := s.offerings(ctx)
+	return only[dbus.OfferingProperties](all), failure.Named(err)
+}
+
+// only returns the records of one kind.
+func only[R dbus.Record](all []dbus.Record) (list []R) {
+	for _, one := range all {
+		if r, ok := one.(R); ok {
+			list = append(list, r)
+		}
+	}
+	return list
+}
+
+// ListChains returns one page of chains, newest first.
+func (s *Service) ListChains(ctx context.Context, f dbus.ChainFilter, cursor string, limit int) ([]dbus.ChainProperties, string, error) {
+	var q catalog.ChainFilter
+	if err := s.resolve(ctx, map[dbus.Kind]nameInto{
+		dbus.KindDomain: {f.Domain, &q.Domain}, dbus.KindRepository: {f.Repository, &q.Repository},
+	}); err != nil {
+		return nil, "", err
+	}
+	if f.State != nil {
+		q.States = []chain.State{chain.State(*f.State)}
+	}
+	list, err := s.Catalog.ListChains(ctx, q, catalog.Page{Limit: limit, After: cursor})
+	if err != nil {
+		return nil, "", failure.Named(err)
+	}
+	id := func(c catalog.Chain) string { return c.ID }
+	links, err := s.Catalog.Links(ctx, each(list, id))
+	if err != nil {
+		return nil, "", failure.Named(err)
+	}
+	names := s.newNames()
+	return page(list, limit, id, func(c catalog.Chain) (dbus.ChainProperties, error) { return names.chain(ctx, c, links[c.ID]) })
+}
+
 // ListBackups returns one page of backups, newest first.
 func (s *Service) ListBackups(ctx context.Context, f dbus.BackupFilter, cursor string, limit int) ([]dbus.BackupProperties, string, error) {
 	q := catalog.BackupFilter{Chain: f.Chain, States: []chain.BackupState{chain.Complete, chain.Damaged, chain.Deleting}}
@@ -177,78 +236,79 @@ func (s *Service) ListBackups(ctx context.Context, f dbus.BackupFilter, cursor s
 	}); err != nil {
 		return nil, "", err
 	}
-	if f.Offering != "" {
-		ref, err := s.Find(ctx, dbus.KindOffering, f.Offering)
-		if err != nil {
-			return nil, "", err
-		}
-		o, err := s.offeringByID(ctx, ref.ID)
-		if err != nil {
-			return nil, "", failure.Named(err)
-		}
-		q.Offering = o.Name // which is what backups know
+	var err error
+	if q.Offering, err = s.offeringName(ctx, f.Offering); err != nil { // which is what backups know
+		return nil, "", err
 	}
 	if f.State != nil {
 		q.States = []chain.BackupState{chain.BackupState(*f.State)}
 	}
-	if f.Kind != nil {
-		q.Kind = chain.Kind(*f.Kind)
-	}
-	if f.Since != nil {
-		q.Since = *f.Since
-	}
-	if f.Until != nil {
-		q.Until = *f.Until
-	}
-	list, err := s.Catalog.ListBackups(ctx, q, catalog.Page{Limit: limit, After: cursor})
+	setAs(&q.Kind, f.Kind)
+	set(&q.Since, f.Since)
+	set(&q.Until, f.Until)
+	list, children, err := s.Catalog.WholeBackups(ctx, q, catalog.Page{Limit: limit, After: cursor})
 	if err != nil {
 		return nil, "", failure.Named(err)
 	}
-	return page(list, limit, func(b catalog.Backup) string { return b.ID }, func(id string) (dbus.BackupProperties, error) {
-		whole, err := s.Catalog.Backup(ctx, id)
-		if err != nil {
-			return dbus.BackupProperties{}, err
-		}
-		return s.backupRecord(ctx, whole)
+	names := s.newNames()
+	return page(list, limit, func(b catalog.Backup) string { return b.ID }, func(b catalog.Backup) (dbus.BackupProperties, error) {
+		return names.backup(ctx, b, children[b.ID])
 	})
 }
 
 // ListJobs returns one page of jobs, newest first.
 func (s *Service) ListJobs(ctx context.Context, f dbus.JobFilter, cursor string, limit int) ([]dbus.JobProperties, string, error) {
-	var q catalog.JobFilter
+	q := catalog.JobFilter{Unfinished: f.Unfinished}
 	if err := s.resolve(ctx, map[dbus.Kind]nameInto{dbus.KindDomain: {f.Domain, &q.Domain}}); err != nil {
 		return nil, "", err
 	}
-	if f.Operation != nil {
-		q.Kind = string(*f.Operation)
-	}
+	setAs(&q.Kind, f.Operation)
 	if f.State != nil {
 		q.States = []catalog.JobState{catalog.JobState(*f.State)}
 	}
-	if f.Since != nil {
-		q.Since = *f.Since
-	}
-	if f.Until != nil {
-		q.Until = *f.Until
-	}
+	set(&q.Since, f.Since)
+	set(&q.Until, f.Until)
 	list, err := s.Catalog.ListJobs(ctx, q, catalog.Page{Limit: limit, After: cursor})
 	if err != nil {
 		return nil, "", failure.Named(err)
 	}
-	return page(list, limit, func(j catalog.Job) string { return j.ID }, func(id string) (dbus.JobProperties, error) {
-		st, err := s.Jobs.Job(ctx, id)
-		if err != nil {
-			return dbus.JobProperties{}, err
+	id := func(j catalog.Job) string { return j.ID }
+	warnings, err := s.Catalog.JobWarnings(ctx, each(list, id))
+	if err != nil {
+		return nil, "", failure.Named(err)
+	}
+	names, active := s.newNames(), s.active()
+	return page(list, limit, id, func(j catalog.Job) (dbus.JobProperties, error) {
+		st, ok := active[j.ID]
+		if !ok {
+			st = job.Status{Job: j}
 		}
-		return s.jobRecord(ctx, st)
+		return names.job(ctx, st, warnings[j.ID])
 	})
+}
+
+// active returns the jobs that have not ended, as they are at this moment.
+func (s *Service) active() map[string]job.Status {
+	all := map[string]job.Status{}
+	for _, st := range s.Jobs.Active() {
+		all[st.ID] = st
+	}
+	return all
+}
+
+func each[T any](list []T, id func(T) string) []string {
+	all := make([]string, len(list))
+	for i, one := range list {
+		all[i] = id(one)
+	}
+	return all
 }
 
 // page makes records of one page of a list, without what is gone meanwhile, and
 // returns the cursor of the next page.
-func page[T, R any](list []T, limit int, id func(T) string, record func(id string) (R, error)) (all []R, next string, err error) {
+func page[T, R any](list []T, limit int, id func(T) string, record func(T) (R, error)) (all []R, next string, err error) {
 	for _, one := range list {
-		r, err := record(id(one))
+		r, err := record(one)
 		if errors.Is(err, catalog.ErrNotFound) {
 			continue
 		} else if err != nil {
@@ -280,6 +340,20 @@ func (s *Service) resolve(ctx context.Context, names map[dbus.Kind]nameInto) err
 		*n.id = ref.ID
 	}
 	return nil
+}
+
+// offeringName returns the name of an offering that is given by name or id; ""
+// for "".
+func (s *Service) offeringName(ctx context.Context, given string) (string, error) {
+	if given == "" {
+		return "", nil
+	}
+	ref, err := s.Find(ctx, dbus.KindOffering, given)
+	if err != nil {
+		return "", err
+	}
+	o, err := s.offeringByID(ctx, ref.ID)
+	return o.Name, failure.Named(err)
 }
 
 func (s *Service) offeringByID(ctx context.Context, id string) (catalog.Offering, error) {

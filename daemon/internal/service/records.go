@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"log/slog"
 	"slices"
 	"time"
 
@@ -12,7 +11,6 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
-	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
 	"github.com/virtbackup/virtbackup/dbus"
 )
@@ -103,48 +101,66 @@ func (s *Service) offeringRecord(ctx context.Context, o catalog.Offering) (dbus.
 	return p, nil
 }
 
-func (s *Service) chains(ctx context.Context) ([]dbus.Record, error) {
-	list, err := s.Catalog.Chains(ctx, "")
-	if err != nil {
-		return nil, err
-	}
-	return records(ctx, list, s.chainRecord)
+// names looks up what things are called that records tell of, each once.
+type names struct {
+	service      *Service
+	domains      map[string]string // by UUID; "" for one that is not known
+	repositories map[string]string // by id
 }
 
-func (s *Service) chainRecord(ctx context.Context, c catalog.Chain) (dbus.ChainProperties, error) {
-	r, err := s.Catalog.Repository(ctx, c.Repository)
-	if err != nil {
-		return dbus.ChainProperties{}, err
+func (s *Service) newNames() *names {
+	return &names{s, map[string]string{}, map[string]string{}}
+}
+
+// domain returns the name of a domain; "" when it is not known.
+func (n *names) domain(ctx context.Context, uuid string) string {
+	name, ok := n.domains[uuid]
+	if ok || uuid == "" {
+		return name
 	}
-	d, err := s.Catalog.Domain(ctx, c.Domain)
-	if err != nil {
-		return dbus.ChainProperties{}, err
+	if d, known, _ := n.service.domain(uuid); known {
+		name = d.Name
+	} else if d, err := n.service.Catalog.Domain(ctx, uuid); err == nil {
+		name = d.Name
 	}
+	n.domains[uuid] = name
+	return name
+}
+
+func (n *names) repository(ctx context.Context, id string) (string, error) {
+	if name, ok := n.repositories[id]; ok {
+		return name, nil
+	}
+	r, err := n.service.Catalog.Repository(ctx, id)
+	if err == nil {
+		n.repositories[id] = r.Name
+	}
+	return r.Name, err
+}
+
+func (n *names) chain(ctx context.Context, c catalog.Chain, links []catalog.Link) (dbus.ChainProperties, error) {
+	repository, err := n.repository(ctx, c.Repository)
 	p := dbus.ChainProperties{
-		ID: c.ID, DomainUUID: c.Domain, DomainName: d.Name, Repository: r.Name, Offering: c.Offering,
+		ID: c.ID, DomainUUID: c.Domain, DomainName: n.domain(ctx, c.Domain), Repository: repository, Offering: c.Offering,
 		State: dbus.ChainState(c.State), Cause: string(c.Cause), Created: c.Created,
 	}
-	backups, err := s.Catalog.ChainBackups(ctx, c.ID)
-	if err != nil {
-		return p, err
-	}
-	for _, b := range backups {
+	for _, b := range links {
 		if listed(b.State) {
 			p.Length++
 			p.Backups = append(p.Backups, b.ID)
 			p.StoredBytes += b.StoredBytes
 		}
 	}
-	return p, nil
+	return p, err
 }
 
-func (s *Service) backupRecord(ctx context.Context, b catalog.Backup) (dbus.BackupProperties, error) {
-	r, err := s.Catalog.Repository(ctx, b.Repository)
+func (n *names) backup(ctx context.Context, b catalog.Backup, children []string) (dbus.BackupProperties, error) {
+	repositoryName, err := n.repository(ctx, b.Repository)
 	if err != nil {
 		return dbus.BackupProperties{}, err
 	}
 	p := dbus.BackupProperties{
-		ID: b.ID, DomainUUID: b.Domain, DomainName: b.DomainName, Repository: r.Name, Offering: b.Offering,
+		ID: b.ID, DomainUUID: b.Domain, DomainName: b.DomainName, Repository: repositoryName, Children: children, Offering: b.Offering,
 		Chain: b.Chain, Parent: b.Parent, Kind: dbus.BackupKind(b.Kind), Isolated: b.Isolated,
 		State: dbus.BackupState(b.State), Consistency: dbus.Consistency(b.Consistency), Quiesce: dbus.Quiesce(b.Quiesce),
 		Created: b.Created, Finished: b.Finished, SizeBytes: b.Size, StoredBytes: b.StoredBytes, DataBytes: b.DataBytes,
@@ -169,14 +185,13 @@ func (s *Service) backupRecord(ctx context.Context, b catalog.Backup) (dbus.Back
 		}
 	}
 	if b.Manifest != nil {
-		var m repository.Manifest
+		var m struct{ Host, Version string } // of repository.Manifest
 		if err := json.Unmarshal(b.Manifest, &m); err != nil {
 			return p, err
 		}
 		p.Host, p.Version = m.Host, m.Version
 	}
-	p.Children, err = s.Catalog.Children(ctx, b.ID)
-	return p, err
+	return p, nil
 }
 
 func (s *Service) jobs(ctx context.Context) ([]dbus.Record, error) {
@@ -184,7 +199,14 @@ func (s *Service) jobs(ctx context.Context) ([]dbus.Record, error) {
 	if err != nil {
 		return nil, err
 	}
-	return records(ctx, statuses, s.jobRecord)
+	warnings, err := s.Catalog.JobWarnings(ctx, each(statuses, func(st job.Status) string { return st.ID }))
+	if err != nil {
+		return nil, err
+	}
+	names := s.newNames()
+	return records(ctx, statuses, func(ctx context.Context, st job.Status) (dbus.JobProperties, error) {
+		return names.job(ctx, st, warnings[st.ID])
+	})
 }
 
 // managed returns the jobs that are managed objects: the live ones and the
@@ -203,7 +225,7 @@ func (s *Service) managed(ctx context.Context) ([]job.Status, error) {
 	return statuses, nil
 }
 
-func (s *Service) jobRecord(ctx context.Context, st job.Status) (dbus.JobProperties, error) {
+func (n *names) job(ctx context.Context, st job.Status, warnings []string) (dbus.JobProperties, error) {
 	p := dbus.JobProperties{
 		ID: st.ID, Operation: dbus.Operation(st.Kind), State: dbus.JobState(st.State), Phase: st.Phase,
 		BytesDone: st.Done, BytesTotal: st.Total, Rate: uint64(st.Rate), DomainUUID: st.Domain, Backup: st.Backup,
@@ -222,31 +244,16 @@ func (s *Service) jobRecord(ctx context.Context, st job.Status) (dbus.JobPropert
 	if st.ETA > 0 {
 		p.ETA = time.Now().Add(st.ETA)
 	}
-	return p, s.nameJob(ctx, st, &p)
-}
-
-// nameJob fills in the names of what the job is about, as far as they are known.
-func (s *Service) nameJob(ctx context.Context, st job.Status, p *dbus.JobProperties) error {
-	if d, known, _ := s.domain(st.Domain); known {
-		p.DomainName = d.Name
-	} else if d, err := s.Catalog.Domain(ctx, st.Domain); err == nil {
-		p.DomainName = d.Name
-	}
-	if r, err := s.Catalog.Repository(ctx, st.Repository); err == nil {
-		p.Repository = r.Name
+	p.DomainName, p.Warnings = n.domain(ctx, st.Domain), warnings
+	if name, err := n.repository(ctx, st.Repository); err == nil { // it may be gone
+		p.Repository = name
 	}
 	if st.Kind == string(dbus.OperationBackup) {
 		var r backup.Request
 		if err := json.Unmarshal(st.Spec, &r); err != nil {
-			return err
+			return p, err
 		}
 		p.Offering = r.Offering
 	}
-	messages, err := s.Catalog.JobMessages(ctx, st.ID)
-	for _, m := range messages {
-		if m.Level >= slog.LevelWarn {
-			p.Warnings = append(p.Warnings, m.Text)
-		}
-	}
-	return err
+	return p, nil
 }

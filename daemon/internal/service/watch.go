@@ -2,7 +2,6 @@ package service
 
 import (
 	"context"
-	"errors"
 	"slices"
 	"time"
 
@@ -98,28 +97,18 @@ func (s *Service) tellDomains(ctx context.Context, before, now map[string]hyperv
 	}
 }
 
-// told is which objects listeners know of, of the kinds that come and go with jobs.
-type told struct {
-	jobs   map[string]bool
-	chains map[string]map[string]bool // by domain
-}
+// told is which jobs listeners know of: they come and go.
+type told struct{ jobs map[string]bool }
 
 // newTold is what listeners find when they begin.
 func (s *Service) newTold(ctx context.Context) *told {
-	t := &told{jobs: map[string]bool{}, chains: map[string]map[string]bool{}}
+	t := &told{jobs: map[string]bool{}}
 	jobs, err := s.managed(ctx)
+	if err != nil {
+		s.Log.Warn("cannot tell which jobs there were", "error", err)
+	}
 	for _, j := range jobs {
 		t.jobs[j.ID] = true
-	}
-	chains, failed := s.Catalog.Chains(ctx, "")
-	for _, c := range chains {
-		if t.chains[c.Domain] == nil {
-			t.chains[c.Domain] = map[string]bool{}
-		}
-		t.chains[c.Domain][c.ID] = true
-	}
-	if err := errors.Join(err, failed); err != nil {
-		s.Log.Warn("cannot tell which jobs and chains there were", "error", err)
 	}
 	return t
 }
@@ -139,36 +128,24 @@ func (s *Service) jobChanged(ctx context.Context, t *told, st job.Status) {
 		s.repositoryChecked(ctx, st)
 	}
 	if st.Domain != "" {
-		s.tellChains(ctx, t, st.Domain)
+		s.tellChains(ctx, st.Domain)
 	}
 	s.notifier.JobRemoved(st.ID, dbus.JobState(st.State))
 	s.tellJobsGone(ctx, t)
 }
 
-// tellChains tells a domain's chains anew: which of them a job has touched is
-// known to the kind of job only, and a chain too many costs next to nothing.
-func (s *Service) tellChains(ctx context.Context, t *told, domain string) {
+// tellChains tells that a domain's chains may have changed: which of them a job
+// has touched is known to the kind of job only, and a chain too many costs next
+// to nothing.
+func (s *Service) tellChains(ctx context.Context, domain string) {
 	chains, err := s.Catalog.Chains(ctx, domain)
 	if err != nil {
 		s.Log.Warn("cannot tell of the chains of a domain", "domain", domain, "error", err)
 		return
 	}
-	now := map[string]bool{}
 	for _, c := range chains {
-		ref := dbus.Ref{Kind: dbus.KindChain, ID: c.ID}
-		now[c.ID] = true
-		if t.chains[domain][c.ID] {
-			s.notifier.Changed(ref)
-		} else {
-			s.notifier.Added(ref)
-		}
+		s.notifier.Changed(dbus.Ref{Kind: dbus.KindChain, ID: c.ID})
 	}
-	for id := range t.chains[domain] {
-		if !now[id] {
-			s.notifier.Removed(dbus.Ref{Kind: dbus.KindChain, ID: id})
-		}
-	}
-	t.chains[domain] = now
 }
 
 // tellJobsGone tells which jobs are managed objects no more, since newer ones have ended.

@@ -82,3 +82,16 @@ CREATE UNIQUE INDEX schedule_runs_one_running ON schedule_runs (schedule) WHERE 
 -- == retention
 
 
+-- == scale
+
+-- What the API asks for is found without reading a whole table, see TestNoTableIsReadWhole.
+CREATE INDEX backups_complete ON backups (domain, id) WHERE state = 'complete';
+CREATE INDEX backups_running ON backups (id) WHERE state = 'running';
+CREATE INDEX backups_deleting ON backups (id) WHERE state = 'deleting';
+CREATE INDEX backups_damaged ON backups (id) WHERE state = 'damaged';
+CREATE INDEX backups_offering ON backups (offering, id);
+CREATE INDEX chains_domain ON chains (domain, repository, id);
+CREATE INDEX jobs_backed_up ON jobs (domain, id) WHERE kind = 'backup' AND state IN ('succeeded', 'failed');
+CREATE INDEX jobs_live ON jobs (id) WHERE finished = 0;
+CREATE INDEX jobs_state ON jobs (state, id);
+CREATE INDEX jobs_kind ON jobs (kind, id);

@@ -16,6 +16,7 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 
+	"github.com/virtbackup/virtbackup/daemon/internal/announce"
 	"github.com/virtbackup/virtbackup/daemon/internal/backup"
 	"github.com/virtbackup/virtbackup/daemon/internal/bus"
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
@@ -24,6 +25,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/export"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
+	"github.com/virtbackup/virtbackup/daemon/internal/journal"
 	"github.com/virtbackup/virtbackup/daemon/internal/lifecycle"
 	"github.com/virtbackup/virtbackup/daemon/internal/overlay"
 	"github.com/virtbackup/virtbackup/daemon/internal/quiesce"
@@ -35,6 +37,7 @@ import (
 	"github.com/virtbackup/virtbackup/dbus"
 	"github.com/virtbackup/virtbackup/hooks/spool"
 	"github.com/virtbackup/virtbackup/policy"
+	"github.com/virtbackup/virtbackup/systemd/failedunit"
 	"github.com/virtbackup/virtbackup/systemd/jobunit"
 )
 
@@ -107,7 +110,8 @@ func (a *app) open(ctx context.Context) error {
 		if corrupt := new(catalog.CorruptError); !errors.As(err, &corrupt) {
 			return err
 		}
-		a.log.Error("the catalog was damaged; an empty one takes its place, the backups are where they were", "error", err)
+		a.log.Error("the catalog was damaged; an empty one takes its place, the backups are where they were",
+			journal.MessageID, journal.CatalogDamaged, "error", err)
 	}
 	if a.units, err = jobunit.Connect(ctx); err != nil {
 		return errors.Join(err, a.catalog.Close())
@@ -201,6 +205,7 @@ func (a *app) serve(ctx context.Context) error {
 		a.log.Warn("clearing up what was left over takes long; it goes on beside the jobs")
 	case <-ctx.Done():
 	}
+	a.announce(ctx)
 	if err := a.engine.Start(ctx); err != nil {
 		return err
 	}
@@ -212,13 +217,23 @@ func (a *app) serve(ctx context.Context) error {
 		return err
 	}
 	a.notify(daemon.SdNotifyReady)
-	a.log.Info("virtbackupd is ready", "version", version)
+	a.log.Info("virtbackupd is ready", journal.MessageID, journal.Ready, "version", version)
 	background.Go(func() { a.checkRepositories(ctx) })
 	err := a.tend(ctx)
 	a.notify(daemon.SdNotifyStopping)
 	limited, done := context.WithTimeout(context.WithoutCancel(ctx), stopLimit)
 	defer done()
 	return errors.Join(err, a.server.Stop(limited))
+}
+
+// announce has the ends of jobs told outside, until the engine stops.
+func (a *app) announce(ctx context.Context) {
+	told := &announce.Announcer{Catalog: a.catalog, Units: failedunit.Units{}, Log: a.log}
+	a.engine.Subscribe(func(st job.Status) {
+		if st.State.Ended() {
+			told.Ended(ctx, st)
+		}
+	})
 }
 
 // checkRepositories has each repository looked at, and cleared of what was left
@@ -336,7 +351,7 @@ func (a *app) reloadOnHangup(ctx context.Context) {
 			return
 		case <-hangup:
 			if err := a.service.Reload(ctx, bus.Caller{}); err != nil {
-				a.log.Error("cannot read the configuration again", "error", err)
+				a.log.Error("cannot read the configuration again", journal.MessageID, journal.ConfigurationRefused, "error", err)
 			}
 		}
 	}

@@ -27,6 +27,8 @@ const (
 	ErrBusy ErrorName = "org.virtbackup1.Error.Busy"
 	// ErrLimitsExceeded: too many calls at once from one caller, or in all.
 	ErrLimitsExceeded ErrorName = "org.virtbackup1.Error.LimitsExceeded"
+	// ErrQuotaExceeded: no more may be stored for the domain, the offering or the user.
+	ErrQuotaExceeded ErrorName = "org.virtbackup1.Error.QuotaExceeded"
 	// ErrUnsupported: this domain, disk, libvirt or QEMU cannot do it.
 	ErrUnsupported ErrorName = "org.virtbackup1.Error.Unsupported"
 	// ErrUnavailable: libvirt or another service does not answer.
@@ -46,7 +48,7 @@ const (
 // ErrorNames returns all of them.
 func ErrorNames() []ErrorName {
 	return []ErrorName{
-		ErrNotFound, ErrExists, ErrInvalidArgument, ErrNotAuthorized, ErrBusy, ErrLimitsExceeded, ErrUnsupported,
+		ErrNotFound, ErrExists, ErrInvalidArgument, ErrNotAuthorized, ErrBusy, ErrLimitsExceeded, ErrQuotaExceeded, ErrUnsupported,
 		ErrUnavailable, ErrRepositoryUnavailable, ErrRepositoryFull, ErrDamaged, ErrCancelled, ErrFailed,
 	}
 }

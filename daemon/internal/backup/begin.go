@@ -11,6 +11,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/journal"
 	"github.com/virtbackup/virtbackup/daemon/internal/lifecycle"
 	"github.com/virtbackup/virtbackup/daemon/internal/nbd"
 	"github.com/virtbackup/virtbackup/daemon/internal/quiesce"
@@ -85,7 +86,8 @@ func (r *run) hold(ctx context.Context, fix func(context.Context) error) (transf
 		r.job.Log(ctx, slog.LevelWarn, fmt.Sprintf("the backup is %s consistent only: %s", held.Consistency, held.Shortfall))
 	}
 	if !held.Thawed {
-		r.job.Log(ctx, slog.LevelError, "the guest is not known to be thawed yet: the watchdog goes on trying")
+		r.job.Log(ctx, slog.LevelError, "the guest is not known to be thawed yet: the watchdog goes on trying",
+			journal.MessageID, journal.GuestHeld, journal.DomainName, r.Plan.DomainName)
 	}
 	return transfer.Go{Created: at.UnixMicro(), Consistency: string(held.Consistency), Thawed: held.Thawed,
 		Held: held.Held.Microseconds(), Shortfall: held.Shortfall}, nil

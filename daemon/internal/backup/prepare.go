@@ -40,7 +40,7 @@ func (r *run) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = r.Catalog.CreateBackup(ctx, r.Plan.row(r.job.Job().ID, time.Now()), r.Plan.Checkpoint, step)
+	err = r.Catalog.CreateBackup(ctx, r.Plan.row(r.job.Job(), time.Now()), r.Plan.Checkpoint, step)
 	if errors.Is(err, catalog.ErrState) {
 		return fmt.Errorf("the chain of domain %q was changed at this moment, start the backup again: %w", r.Plan.DomainName, err)
 	}
@@ -231,10 +231,10 @@ func (r *run) recheck(ctx context.Context) error {
 }
 
 // row is the plan as the catalog records it.
-func (p Plan) row(job string, created time.Time) catalog.Backup {
+func (p Plan) row(j catalog.Job, created time.Time) catalog.Backup {
 	b := catalog.Backup{
 		ID: p.Backup, Mark: p.Mark, Domain: p.Domain, DomainName: p.DomainName, Chain: p.Chain, Parent: p.Parent, Repository: p.Repository.ID,
-		Job: job, Kind: p.Kind, State: chain.Running, Cause: p.Cause, Isolated: p.Isolated, Created: created,
+		Job: j.ID, UID: j.UID, Kind: p.Kind, State: chain.Running, Cause: p.Cause, Isolated: p.Isolated, Created: created,
 		Offering: p.Offering, Settings: p.Settings,
 	}
 	for _, k := range p.Disks {

@@ -23,13 +23,16 @@ type Step struct {
 // CreateBackup records the intent to make a backup before anything is done for
 // it: the backup (state running), its checkpoint (pending; "" for none) and the
 // job's step, at once. ErrExists: the id or the checkpoint's name was used
-// before. ErrState: the parent cannot be built upon.
+// before. ErrState: the parent cannot be built upon. ErrQuota: a quota forbids it.
 func (c *Catalog) CreateBackup(ctx context.Context, b Backup, checkpoint string, step Step) error {
 	return c.write(ctx, "create backup "+b.ID, func(tx *sql.Tx) error {
 		if err := mustExist(ctx, tx, "repository", "repositories", "id", b.Repository); err != nil {
 			return err
 		}
 		if err := seenDomain(ctx, tx, b.Domain, b.DomainName); err != nil {
+			return err
+		}
+		if err := checkQuota(ctx, tx, b); err != nil {
 			return err
 		}
 		if b.Kind == chain.Incremental {
@@ -92,11 +95,11 @@ func insertBackup(ctx context.Context, tx *sql.Tx, b Backup) error {
 	}
 	_, err := tx.ExecContext(ctx, `INSERT INTO backups (id, domain, domain_name, chain, parent, repository, job, kind, state, cause,
 		isolated, consistency, created, finished, size, stored_bytes, data_bytes, error,
-		offering, mode, compression, compression_time, level, threads, chain_size, quiesce, quiesce_policy, tracking, fallback, mark, manifest)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'running', ?, ?, ?, ?, 0, ?, 0, 0, '', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '')`,
+		offering, mode, compression, compression_time, level, threads, chain_size, quiesce, quiesce_policy, tracking, fallback, mark, uid, manifest)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'running', ?, ?, ?, ?, 0, ?, 0, 0, '', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '')`,
 		b.ID, b.Domain, b.DomainName, null(b.Chain), null(b.Parent), b.Repository, b.Job, b.Kind, b.Cause,
 		b.Isolated, b.Consistency, toMicro(b.Created), b.Size,
-		b.Offering, b.Mode, b.Compression, cmp.Or(b.CompressionTime, "inline"), b.Level, b.Threads, b.ChainSize, b.Quiesce, b.QuiescePolicy, b.Tracking, b.Fallback, b.Mark)
+		b.Offering, b.Mode, b.Compression, cmp.Or(b.CompressionTime, "inline"), b.Level, b.Threads, b.ChainSize, b.Quiesce, b.QuiescePolicy, b.Tracking, b.Fallback, b.Mark, b.UID)
 	return err
 }
 

@@ -58,6 +58,7 @@ func Named(err error) error {
 		{catalog.ErrExists, dbus.ErrExists},
 		{catalog.ErrInUse, dbus.ErrBusy},
 		{catalog.ErrState, dbus.ErrBusy},
+		{catalog.ErrQuota, dbus.ErrQuotaExceeded},
 		{job.ErrTooMany, dbus.ErrLimitsExceeded},
 	}
 	for _, t := range table {

@@ -138,9 +138,10 @@ func (h *Handle) SetResult(v any) error {
 	return nil
 }
 
-// Log writes to the journal and to the job's own log, which people read with the job.
-func (h *Handle) Log(ctx context.Context, level slog.Level, message string) {
-	h.logger.Log(ctx, level, message)
+// Log writes to the journal and to the job's own log, which people read with the
+// job. Only the journal gets the attributes.
+func (h *Handle) Log(ctx context.Context, level slog.Level, message string, attributes ...any) {
+	h.logger.Log(ctx, level, message, attributes...)
 	// Also when the job has just been cancelled: its log says what it did about that.
 	err := h.engine.catalog.AddJobMessage(context.WithoutCancel(ctx), h.job.ID,
 		catalog.Message{Time: time.Now(), Level: level, Text: message})

@@ -24,6 +24,7 @@ import (
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/journal"
 	"github.com/virtbackup/virtbackup/hooks/fingerprint"
 	"github.com/virtbackup/virtbackup/hooks/spool"
 )
@@ -88,7 +89,7 @@ func (k *Keeper) save(ctx context.Context, domain string, e entry, found []Findi
 	var marks []catalog.Mark
 	for _, f := range found {
 		marks = append(marks, catalog.Mark{Target: f.Target, Cause: f.Cause, Detail: f.Detail, Time: at})
-		k.Log.Info("a disk may have changed unseen", "domain", domain, "target", cmp.Or(f.Target, "all"), "cause", f.Cause, "detail", f.Detail)
+		k.Log.Info("a disk may have changed unseen", journal.MessageID, journal.DiskChangedUnseen, "domain", domain, "target", cmp.Or(f.Target, "all"), "cause", f.Cause, "detail", f.Detail)
 	}
 	return k.Catalog.SetTracking(ctx, domain, text, marks)
 }

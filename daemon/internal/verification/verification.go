@@ -15,6 +15,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/errand"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
+	"github.com/virtbackup/virtbackup/daemon/internal/journal"
 	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
 	"github.com/virtbackup/virtbackup/dbus"
 )
@@ -86,7 +87,8 @@ func (k Verify) record(ctx context.Context, h *job.Handle, found []transfer.Back
 		case b.Error == nil:
 			err = k.Catalog.VerifiedBackup(ctx, b.Backup, now)
 		case damage(b.Error.Class):
-			h.Log(ctx, slog.LevelError, fmt.Sprintf("backup %s is %s: %s", b.Backup, word(b.Error.Class), b.Error.Message))
+			h.Log(ctx, slog.LevelError, fmt.Sprintf("backup %s is %s: %s", b.Backup, word(b.Error.Class), b.Error.Message),
+				journal.MessageID, journal.BackupDamaged, "damaged", b.Backup, "detail", b.Error.Message)
 			err = k.Catalog.DamagedBackup(ctx, b.Backup, b.Error.Message)
 		}
 		// One whose deletion was cut short may well be missing.

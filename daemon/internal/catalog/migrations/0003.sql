@@ -75,6 +75,20 @@ CREATE UNIQUE INDEX schedule_runs_one_running ON schedule_runs (schedule) WHERE 
 
 -- == quotas
 
+CREATE TABLE quotas (
+	kind    TEXT NOT NULL CHECK (kind IN ('domain', 'offering', 'user')),
+	subject TEXT NOT NULL, -- UUID, name, or uid; no reference: a quota may be there before what it bounds
+	bytes   INTEGER NOT NULL, -- 0 for no bound, as of the others
+	backups INTEGER NOT NULL,
+	chains  INTEGER NOT NULL,
+	PRIMARY KEY (kind, subject)
+) STRICT, WITHOUT ROWID;
+
+ALTER TABLE backups ADD COLUMN uid INTEGER NOT NULL DEFAULT 0; -- who asked for it
+UPDATE backups SET uid = coalesce((SELECT uid FROM jobs WHERE jobs.id = backups.job), 0);
+-- All that usage is made of: the rows themselves hold manifests, and are too large to be read for that.
+CREATE INDEX backups_usage ON backups (domain, repository, state, id, offering, uid, chain, created, size, stored_bytes);
+
 
 -- == repositories
 

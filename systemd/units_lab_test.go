@@ -25,7 +25,7 @@ func command(t *testing.T, name string, arguments ...string) string {
 func TestUnitFilesVerify(t *testing.T) {
 	// Said by systemd about a file that is not installed: its program may not be there either.
 	program := regexp.MustCompile(`(?m)^.*Command /usr/s?bin/virtbackup(d|ctl) is not executable: No such file or directory\n`)
-	for _, unit := range []string{"virtbackupd.service", "virtbackup.slice", "virtbackup-failed@.service"} {
+	for _, unit := range []string{"virtbackupd.service", "virtbackup.slice", "virtbackup-failed@.service", "virtbackup-schedule@.service"} {
 		out, _ := exec.Command("systemd-analyze", "--man=no", "verify", "./"+unit).CombinedOutput()
 		if out := program.ReplaceAllString(string(out), ""); out != "" {
 			t.Errorf("%s: %s", unit, out)
@@ -62,6 +62,7 @@ func TestServiceMayDoItsWork(t *testing.T) {
 		"systemd":   `systemd-run --quiet --wait true && busctl status org.freedesktop.systemd1`,
 		"devices":   readDevice,
 		"openat2":   openBelow,
+		"timers":    `touch /etc/systemd/system/file && rm /etc/systemd/system/file`,
 		"read-only": `! touch /usr/file && ! touch /etc/file && ! sysctl -w kernel.hostname=x`,
 		"no mount":  `! mount -t tmpfs none /mnt && ! unshare -n true`,
 	} {

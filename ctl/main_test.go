@@ -34,6 +34,9 @@ func TestUsageIsCheckedBeforeAnythingIsAsked(t *testing.T) {
 		"bogus", "backup", "restore X", "restore X --name a --in-place", "restore X --in-place --keep-macs",
 		"restore X --name a --keep-macs --no-nics", "repository", "repository bogus", "repository add one",
 		"repository add one /two --minimum-free lots", "offering create daily", "offering create daily --repository nas --mode odd",
+		"schedule create s --calendar daily",
+		"schedule create s --offering a", "schedule create s --offering a --domain b --calendar daily", "schedule create s --offering a --calendar daily --overlap odd",
+		"schedule create s --offering a --calendar daily --randomized-delay -1s", "schedule preview", "schedule preview s --calendar daily",
 		"backup d --offering a --repository b", "backup d --tracking none", "backup d --fallback cbt", "backup d --level -1", "list a b", "list --since yesterday", "list --kind odd",
 		"jobs --all --state running", "completion powershell", "status --json=long", "-H -oProxyCommand=x list", "list --bogus",
 	} {

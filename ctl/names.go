@@ -48,6 +48,11 @@ func findOffering(ctx context.Context, c *dbus.Client, name string) (string, err
 	return found(id, err, "offering", name, "offering list")
 }
 
+func findSchedule(ctx context.Context, c *dbus.Client, name string) (string, error) {
+	id, err := c.FindSchedule(ctx, name)
+	return found(id, err, "schedule", name, "schedule list")
+}
+
 func findJob(ctx context.Context, c *dbus.Client, name string) (dbus.JobProperties, error) {
 	job, err := dbus.Get[dbus.JobProperties](ctx, c, strings.ToUpper(name))
 	_, err = found(name, err, "job", name, "jobs --all")
@@ -112,6 +117,15 @@ func offeringNames(ctx context.Context, c *dbus.Client) ([]cobra.Completion, err
 	var all []cobra.Completion
 	for _, o := range offerings {
 		all = append(all, described(o.Name, string(o.Mode)+" to "+o.Repository))
+	}
+	return all, err
+}
+
+func scheduleNames(ctx context.Context, c *dbus.Client) ([]cobra.Completion, error) {
+	objects, err := c.Objects(ctx)
+	var all []cobra.Completion
+	for _, s := range objects.Schedules {
+		all = append(all, described(s.Name, scheduleFor(s)+", "+strings.Join(s.Calendars, ", ")))
 	}
 	return all, err
 }

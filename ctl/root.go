@@ -48,7 +48,7 @@ func newRoot(a *app) *cobra.Command {
 		root.AddCommand(cmd)
 	}
 	for _, cmd := range []*cobra.Command{
-		a.repositoryCommand(), a.offeringCommand(), a.domainCommand(), a.configCommand(), a.completionCommand(),
+		a.repositoryCommand(), a.offeringCommand(), a.scheduleCommand(), a.domainCommand(), a.configCommand(), a.completionCommand(),
 	} {
 		cmd.GroupID = "set-up"
 		root.AddCommand(cmd)

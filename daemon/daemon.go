@@ -31,6 +31,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/quiesce"
 	"github.com/virtbackup/virtbackup/daemon/internal/removal"
 	"github.com/virtbackup/virtbackup/daemon/internal/restore"
+	"github.com/virtbackup/virtbackup/daemon/internal/schedule"
 	"github.com/virtbackup/virtbackup/daemon/internal/service"
 	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
 	"github.com/virtbackup/virtbackup/daemon/internal/verification"
@@ -39,6 +40,7 @@ import (
 	"github.com/virtbackup/virtbackup/policy"
 	"github.com/virtbackup/virtbackup/systemd/failedunit"
 	"github.com/virtbackup/virtbackup/systemd/jobunit"
+	"github.com/virtbackup/virtbackup/systemd/timer"
 )
 
 const (
@@ -68,9 +70,11 @@ type app struct {
 	hypervisor *hypervisor.Hypervisor
 	lifecycle  *lifecycle.Keeper
 	units      *jobunit.Manager
+	timers     *timer.Manager
 	server     *bus.Server
 	backup     *backup.Kind
 	engine     *job.Engine
+	schedules  *schedule.Keeper
 	service    *service.Service
 }
 
@@ -93,6 +97,8 @@ func (a *app) run(ctx context.Context) error {
 	defer a.closing("the catalog", a.catalog.Close)
 	defer a.hypervisor.Close()
 	defer a.units.Close()
+	a.timers = timer.New(ctx)
+	defer a.timers.Close()
 	a.wire()
 	return a.serve(ctx)
 }
@@ -183,11 +189,13 @@ func (a *app) wire() {
 	if err != nil {
 		a.log.Warn("cannot tell the name of this host", "error", err)
 	}
+	a.schedules = schedule.New(a.catalog, a.timers, a.log)
 	a.service = service.New(service.Deps{
-		Catalog: a.catalog, Jobs: a.engine, Domains: a.hypervisor, Restore: restores, Lifecycle: a.lifecycle, Config: c, Reload: a.reload,
+		Catalog: a.catalog, Jobs: a.engine, Domains: a.hypervisor, Restore: restores, Lifecycle: a.lifecycle, Schedules: a.schedules, Config: c, Reload: a.reload,
 		Host: host, Version: version, Log: a.log,
 	})
 	a.service.Notify(a.server)
+	a.schedules.Use(a.service)
 }
 
 // serve takes up what an earlier life left, answers calls until ctx ends, and
@@ -210,7 +218,7 @@ func (a *app) serve(ctx context.Context) error {
 		return err
 	}
 	defer a.engine.Stop()
-	for _, f := range []func(context.Context){a.service.Run, a.lifecycle.Run, a.reloadOnHangup} {
+	for _, f := range []func(context.Context){a.service.Run, a.lifecycle.Run, a.schedules.Run, a.reloadOnHangup} {
 		background.Go(func() { f(ctx) })
 	}
 	if err := a.server.Start(ctx, a.service); err != nil {

@@ -161,6 +161,7 @@ func get[R Record](ctx context.Context, c *Client, id string, flags godbus.Flags
 type Objects struct {
 	Repositories []RepositoryProperties
 	Offerings    []OfferingProperties
+	Schedules    []ScheduleProperties
 	Domains      []DomainProperties
 	Jobs         []JobProperties
 }
@@ -180,7 +181,7 @@ func (c *Client) Objects(ctx context.Context) (Objects, error) {
 	for _, path := range sortedKeys(byPath) {
 		interfaces := byPath[path]
 		errs = append(errs,
-			appendRecord(&o.Repositories, interfaces), appendRecord(&o.Offerings, interfaces),
+			appendRecord(&o.Repositories, interfaces), appendRecord(&o.Offerings, interfaces), appendRecord(&o.Schedules, interfaces),
 			appendRecord(&o.Domains, interfaces), appendRecord(&o.Jobs, interfaces))
 	}
 	return o, errors.Join(errs...)

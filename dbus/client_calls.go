@@ -2,6 +2,7 @@ package dbus
 
 import (
 	"context"
+	"time"
 
 	godbus "github.com/godbus/dbus/v5"
 )
@@ -25,6 +26,31 @@ func (c *Client) CreateRepository(ctx context.Context, name, typ, path string, o
 // CreateOffering makes a named set of backup options.
 func (c *Client) CreateOffering(ctx context.Context, name, repository string, o OfferingOptions) (string, error) {
 	return c.find(ctx, KindOffering, "CreateOffering", name, repository, EncodeOptions(o))
+}
+
+// CreateSchedule has a domain, or the domains of an offering, backed up by itself.
+func (c *Client) CreateSchedule(ctx context.Context, name string, calendars []string, o CreateScheduleOptions) (string, error) {
+	return c.find(ctx, KindSchedule, "CreateSchedule", name, calendars, EncodeOptions(o))
+}
+
+// PreviewSchedule returns when calendars are due next.
+func (c *Client) PreviewSchedule(ctx context.Context, calendars []string, count uint32) ([]time.Time, error) {
+	var times []uint64
+	err := c.manager(ctx, "PreviewSchedule", []any{calendars, count}, &times)
+	return fromMicros(times), err
+}
+
+func fromMicros(all []uint64) []time.Time {
+	times := make([]time.Time, len(all))
+	for i, t := range all {
+		times[i] = Time(t)
+	}
+	return times
+}
+
+// FindSchedule returns the id of the schedule with that name or id.
+func (c *Client) FindSchedule(ctx context.Context, name string) (string, error) {
+	return c.find(ctx, KindSchedule, "GetSchedule", name)
 }
 
 // FindRepository returns the id of the repository with that name or id.
@@ -82,6 +108,55 @@ func (c *Client) UpdateOffering(ctx context.Context, id string, o UpdateOffering
 // RemoveOffering removes an offering that no domain has.
 func (c *Client) RemoveOffering(ctx context.Context, id string) error {
 	return c.object(ctx, Ref{KindOffering, id}, "Remove", []any{EncodeOptions(NoOptions{})})
+}
+
+// UpdateSchedule changes what is given.
+func (c *Client) UpdateSchedule(ctx context.Context, id string, o UpdateScheduleOptions) error {
+	return c.object(ctx, Ref{KindSchedule, id}, "Update", []any{EncodeOptions(o)})
+}
+
+// EnableSchedule starts a schedule's timer.
+func (c *Client) EnableSchedule(ctx context.Context, id string) error {
+	return c.object(ctx, Ref{KindSchedule, id}, "Enable", []any{EncodeOptions(NoOptions{})})
+}
+
+// DisableSchedule stops a schedule's timer.
+func (c *Client) DisableSchedule(ctx context.Context, id string) error {
+	return c.object(ctx, Ref{KindSchedule, id}, "Disable", []any{EncodeOptions(NoOptions{})})
+}
+
+// TriggerSchedule runs a schedule now. It returns the state of the run, why it
+// does not run or what it leaves out, and the jobs that were started.
+func (c *Client) TriggerSchedule(ctx context.Context, id string, o TriggerOptions) (state RunState, reason string, jobs []string, err error) {
+	var paths []godbus.ObjectPath
+	if err := c.object(ctx, Ref{KindSchedule, id}, "Trigger", []any{EncodeOptions(o)}, (*string)(&state), &reason, &paths); err != nil {
+		return "", "", nil, err
+	}
+	for _, path := range paths {
+		job, err := idOf(path, KindJob)
+		if err != nil {
+			return "", "", nil, err
+		}
+		jobs = append(jobs, job)
+	}
+	return state, reason, jobs, nil
+}
+
+// PreviewOf returns when a schedule is due next; limit as of the API.
+func (c *Client) PreviewOf(ctx context.Context, id string, count uint32) ([]time.Time, error) {
+	var times []uint64
+	err := c.object(ctx, Ref{KindSchedule, id}, "Preview", []any{count}, &times)
+	return fromMicros(times), err
+}
+
+// ScheduleRuns returns what became of a schedule's runs, newest first; limit as of the API.
+func (c *Client) ScheduleRuns(ctx context.Context, id string, limit uint32) ([]ScheduleRun, error) {
+	return list[ScheduleRun](ctx, c, Ref{KindSchedule, id}, "ListRuns", limit)
+}
+
+// RemoveSchedule removes a schedule and its timer.
+func (c *Client) RemoveSchedule(ctx context.Context, id string) error {
+	return c.object(ctx, Ref{KindSchedule, id}, "Remove", []any{EncodeOptions(NoOptions{})})
 }
 
 // AssignDomain assigns an offering, by name or id, to a domain.

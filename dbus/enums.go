@@ -46,6 +46,15 @@ type ChainState string
 // JobState is how far a job is.
 type JobState string
 
+// ScheduleQuiesce is how a schedule quiets guests.
+type ScheduleQuiesce string
+
+// Overlap is what becomes of a schedule's run that cannot start when it is due.
+type Overlap string
+
+// RunState is how far a schedule's run is.
+type RunState string
+
 // Operation is what a job does.
 type Operation string
 
@@ -115,6 +124,18 @@ const (
 	JobFailed     JobState = "failed"
 	JobCancelled  JobState = "cancelled"
 
+	ScheduleQuiesceOffering ScheduleQuiesce = "offering"
+
+	OverlapSkip  Overlap = "skip"
+	OverlapQueue Overlap = "queue"
+
+	RunWaiting   RunState = "waiting"
+	RunRunning   RunState = "running"
+	RunSucceeded RunState = "succeeded"
+	RunFailed    RunState = "failed"
+	RunSkipped   RunState = "skipped"
+	RunCancelled RunState = "cancelled"
+
 	OperationBackup         Operation = "backup"
 	OperationRestore        Operation = "restore"
 	OperationRestoreInPlace Operation = "restore-in-place"
@@ -166,6 +187,12 @@ func (ChainState) Values() []string { return []string{"open", "finished", "broke
 func (JobState) Values() []string {
 	return []string{"queued", "running", "cancelling", "succeeded", "failed", "cancelled"}
 }
+
+// Values returns what a ScheduleQuiesce can be.
+func (ScheduleQuiesce) Values() []string { return []string{"offering", "none", "agent", "suspend"} }
+
+// Values returns what an Overlap can be.
+func (Overlap) Values() []string { return []string{"skip", "queue"} }
 
 // Values returns what an Operation can be.
 func (Operation) Values() []string {

@@ -24,7 +24,7 @@ func interfacesByName(t *testing.T) map[string]Interface {
 
 func records() []Record {
 	return []Record{
-		ManagerProperties{}, RepositoryProperties{}, OfferingProperties{}, DomainProperties{},
+		ManagerProperties{}, RepositoryProperties{}, OfferingProperties{}, ScheduleProperties{}, DomainProperties{},
 		ChainProperties{}, BackupProperties{}, JobProperties{},
 	}
 }
@@ -76,7 +76,7 @@ func TestXMLKeepsTheRules(t *testing.T) {
 }
 
 func readsOnly(method string) bool {
-	return strings.HasPrefix(method, "Get") || strings.HasPrefix(method, "List") ||
+	return strings.HasPrefix(method, "Get") || strings.HasPrefix(method, "List") || strings.HasPrefix(method, "Preview") ||
 		method == "EffectiveConfiguration" || method == "Log"
 }
 

@@ -34,6 +34,7 @@ const (
 	KindManager    Kind = "manager"
 	KindRepository Kind = "repository"
 	KindOffering   Kind = "offering"
+	KindSchedule   Kind = "schedule"
 	KindDomain     Kind = "domain"
 	KindChain      Kind = "chain"
 	KindBackup     Kind = "backup"
@@ -42,7 +43,7 @@ const (
 
 // Kinds returns all kinds, the Manager first.
 func Kinds() []Kind {
-	return []Kind{KindManager, KindRepository, KindOffering, KindDomain, KindChain, KindBackup, KindJob}
+	return []Kind{KindManager, KindRepository, KindOffering, KindSchedule, KindDomain, KindChain, KindBackup, KindJob}
 }
 
 // Interface returns the name of the D-Bus interface of objects of the kind.

@@ -80,6 +80,40 @@ type UpdateOfferingOptions struct {
 	OfferingOptions
 }
 
+// CreateScheduleOptions are those of Manager.CreateSchedule.
+type CreateScheduleOptions struct {
+	// Domain and Offering are names or ids; exactly one is given.
+	Domain   string `dbus:"domain"`
+	Offering string `dbus:"offering"`
+	// Repository is a name or id; empty for the offering's.
+	Repository string `dbus:"repository"`
+	// RandomizedDelay is in microseconds.
+	RandomizedDelay uint64 `dbus:"randomized_delay"`
+	// Persistent is true when it is nil.
+	Persistent *bool            `dbus:"persistent"`
+	Isolated   bool             `dbus:"isolated"`
+	Quiesce    *ScheduleQuiesce `dbus:"quiesce"`
+	Overlap    *Overlap         `dbus:"overlap"`
+	Disabled   bool             `dbus:"disabled"`
+}
+
+// UpdateScheduleOptions are those of Schedule.Update; what is nil stays as it is.
+type UpdateScheduleOptions struct {
+	Calendars       *[]string        `dbus:"calendars"`
+	Repository      *string          `dbus:"repository"`
+	RandomizedDelay *uint64          `dbus:"randomized_delay"`
+	Persistent      *bool            `dbus:"persistent"`
+	Isolated        *bool            `dbus:"isolated"`
+	Quiesce         *ScheduleQuiesce `dbus:"quiesce"`
+	Overlap         *Overlap         `dbus:"overlap"`
+}
+
+// TriggerOptions are those of Schedule.Trigger.
+type TriggerOptions struct {
+	// Timer says that the schedule's timer is due.
+	Timer bool `dbus:"timer"`
+}
+
 // BackupOptions are those of Domain.Backup.
 type BackupOptions struct {
 	// Offering and Repository are names or ids; at most one is given. With

@@ -78,6 +78,45 @@ type OfferingProperties struct {
 	Created time.Time `dbus:"Created"`
 }
 
+// ScheduleProperties are those of org.virtbackup1.Schedule.
+type ScheduleProperties struct {
+	ID              string          `dbus:"Id"`
+	Name            string          `dbus:"Name"`
+	DomainUUID      string          `dbus:"DomainUuid"`
+	DomainName      string          `dbus:"DomainName"`
+	Offering        string          `dbus:"Offering"`
+	Repository      string          `dbus:"Repository"`
+	Calendars       []string        `dbus:"Calendars"`
+	RandomizedDelay uint64          `dbus:"RandomizedDelay"`
+	Persistent      bool            `dbus:"Persistent"`
+	Isolated        bool            `dbus:"Isolated"`
+	Quiesce         ScheduleQuiesce `dbus:"Quiesce"`
+	Overlap         Overlap         `dbus:"Overlap"`
+	Enabled         bool            `dbus:"Enabled"`
+	Unit            string          `dbus:"Unit"`
+	Problem         string          `dbus:"Problem"`
+	NextElapse      time.Time       `dbus:"NextElapse"`
+	LastRun         time.Time       `dbus:"LastRun"`
+	LastState       RunState        `dbus:"LastState"`
+	LastReason      string          `dbus:"LastReason"`
+	LastSuccess     time.Time       `dbus:"LastSuccess"`
+	Jobs            []string        `dbus:"Jobs"`
+	UID             uint32          `dbus:"Uid"`
+	Created         time.Time       `dbus:"Created"`
+}
+
+// ScheduleRun is one of Schedule.ListRuns.
+type ScheduleRun struct {
+	ID       string    `dbus:"id"`
+	State    RunState  `dbus:"state"`
+	Reason   string    `dbus:"reason"`
+	Jobs     []string  `dbus:"jobs"`
+	Timer    bool      `dbus:"timer"`
+	UID      uint32    `dbus:"uid"`
+	Created  time.Time `dbus:"created"`
+	Finished time.Time `dbus:"finished"`
+}
+
 // DomainDisk is one of DomainProperties.Disks.
 type DomainDisk struct {
 	Target   string `dbus:"target"`
@@ -273,6 +312,9 @@ func (p RepositoryProperties) Ref() Ref { return Ref{KindRepository, p.ID} }
 func (p OfferingProperties) Ref() Ref { return Ref{KindOffering, p.ID} }
 
 // Ref names the object.
+func (p ScheduleProperties) Ref() Ref { return Ref{KindSchedule, p.ID} }
+
+// Ref names the object.
 func (p DomainProperties) Ref() Ref { return Ref{KindDomain, p.UUID} }
 
 // Ref names the object.
@@ -293,6 +335,11 @@ func (p RepositoryProperties) Details() map[string]string { return details("", "
 // Details names the offering and its repository.
 func (p OfferingProperties) Details() map[string]string {
 	return details("", "", p.Repository, p.Name, "")
+}
+
+// Details names the domain or offering, and the repository if it has one of its own.
+func (p ScheduleProperties) Details() map[string]string {
+	return details(p.DomainName, p.DomainUUID, p.Repository, p.Offering, "")
 }
 
 // Details names the domain and its offering.

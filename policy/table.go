@@ -21,6 +21,7 @@ const (
 	ActionDelete             Action = "org.virtbackup1.delete"
 	ActionManageDomains      Action = "org.virtbackup1.manage-domains"
 	ActionManageOfferings    Action = "org.virtbackup1.manage-offerings"
+	ActionManageSchedules    Action = "org.virtbackup1.manage-schedules"
 	ActionManageRepositories Action = "org.virtbackup1.manage-repositories"
 	ActionManageJobs         Action = "org.virtbackup1.manage-jobs"
 	ActionManageDaemon       Action = "org.virtbackup1.manage-daemon"
@@ -44,6 +45,9 @@ func table() map[string]Action {
 	return map[string]Action{
 		"org.virtbackup1.Manager.CreateRepository":       ActionManageRepositories,
 		"org.virtbackup1.Manager.CreateOffering":         ActionManageOfferings,
+		"org.virtbackup1.Manager.CreateSchedule":         ActionManageSchedules,
+		"org.virtbackup1.Manager.PreviewSchedule":        ActionView,
+		"org.virtbackup1.Manager.GetSchedule":            ActionView,
 		"org.virtbackup1.Manager.GetRepository":          ActionView,
 		"org.virtbackup1.Manager.GetOffering":            ActionView,
 		"org.virtbackup1.Manager.GetDomain":              ActionView,
@@ -64,6 +68,14 @@ func table() map[string]Action {
 
 		"org.virtbackup1.Offering.Update": ActionManageOfferings,
 		"org.virtbackup1.Offering.Remove": ActionManageOfferings,
+
+		"org.virtbackup1.Schedule.Update":   ActionManageSchedules,
+		"org.virtbackup1.Schedule.Enable":   ActionManageSchedules,
+		"org.virtbackup1.Schedule.Disable":  ActionManageSchedules,
+		"org.virtbackup1.Schedule.Trigger":  ActionBackup,
+		"org.virtbackup1.Schedule.Preview":  ActionView,
+		"org.virtbackup1.Schedule.ListRuns": ActionView,
+		"org.virtbackup1.Schedule.Remove":   ActionManageSchedules,
 
 		"org.virtbackup1.Domain.Assign":       ActionManageDomains,
 		"org.virtbackup1.Domain.Unassign":     ActionManageDomains,

@@ -2,6 +2,7 @@ package bus
 
 import (
 	"context"
+	"time"
 
 	"github.com/virtbackup/virtbackup/dbus"
 )
@@ -26,6 +27,7 @@ type Backend interface {
 	Reader
 	Repositories
 	Offerings
+	Schedules
 	Domains
 	Backups
 	Jobs
@@ -41,13 +43,13 @@ type Backend interface {
 type Reader interface {
 	// Manager returns the state of the daemon.
 	Manager(ctx context.Context) (dbus.ManagerProperties, error)
-	// Objects returns all managed objects: repositories, offerings, domains,
+	// Objects returns all managed objects: repositories, offerings, schedules, domains,
 	// and the jobs that are live or ended lately.
 	Objects(ctx context.Context) ([]dbus.Record, error)
 	// Object returns one object of any kind, also chains, backups and old jobs;
 	// dbus.ErrNotFound when there is none. It must not wait for libvirt.
 	Object(ctx context.Context, ref dbus.Ref) (dbus.Record, error)
-	// Find resolves the name or id of a repository or offering, the name or
+	// Find resolves the name or id of a repository, offering or schedule, the name or
 	// UUID of a domain, or the (beginning of the) id of a backup;
 	// dbus.ErrNotFound when there is none.
 	Find(ctx context.Context, kind dbus.Kind, name string) (dbus.Ref, error)
@@ -75,6 +77,22 @@ type Offerings interface {
 	CreateOffering(ctx context.Context, caller Caller, name, repository string, o dbus.OfferingOptions) (offering string, err error)
 	UpdateOffering(ctx context.Context, caller Caller, id string, o dbus.UpdateOfferingOptions) error
 	RemoveOffering(ctx context.Context, caller Caller, id string) error
+}
+
+// Schedules is what is done with schedules. Counts and limits are from 1 to 1000.
+type Schedules interface {
+	CreateSchedule(ctx context.Context, caller Caller, name string, calendars []string, o dbus.CreateScheduleOptions) (schedule string, err error)
+	UpdateSchedule(ctx context.Context, caller Caller, id string, o dbus.UpdateScheduleOptions) error
+	EnableSchedule(ctx context.Context, caller Caller, id string) error
+	DisableSchedule(ctx context.Context, caller Caller, id string) error
+	RemoveSchedule(ctx context.Context, caller Caller, id string) error
+	// TriggerSchedule returns the run that it became.
+	TriggerSchedule(ctx context.Context, caller Caller, id string, o dbus.TriggerOptions) (dbus.ScheduleRun, error)
+	// PreviewCalendars returns when one of the calendars is due next.
+	PreviewCalendars(ctx context.Context, calendars []string, count int) ([]time.Time, error)
+	PreviewSchedule(ctx context.Context, id string, count int) ([]time.Time, error)
+	// ScheduleRuns returns the newest first.
+	ScheduleRuns(ctx context.Context, id string, limit int) ([]dbus.ScheduleRun, error)
 }
 
 // Domains is what is done with domains and their chains.

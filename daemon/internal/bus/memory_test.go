@@ -35,6 +35,7 @@ func newMemory() *memory {
 		dbus.RepositoryProperties{ID: "R2", Name: "tape", Type: "dir", Path: "/srv/tape"},
 		dbus.OfferingProperties{ID: "O1", Name: "daily", Repository: "nas", Mode: dbus.ModeIncremental, Domains: []string{webUUID}},
 		dbus.OfferingProperties{ID: "O2", Name: "weekly", Repository: "tape", Mode: dbus.ModeFull},
+		dbus.ScheduleProperties{ID: "S1", Name: "nightly", Offering: "daily", Calendars: []string{"daily"}, Enabled: true},
 		dbus.DomainProperties{UUID: webUUID, Name: "web", State: "running", Offering: "daily", Disks: []dbus.DomainDisk{{Target: "vda"}}},
 		dbus.DomainProperties{UUID: mailUUID, Name: "mail", State: "shutoff"},
 		dbus.ChainProperties{ID: "C1", DomainUUID: webUUID, DomainName: "web", Repository: "nas", Offering: "daily", State: dbus.ChainOpen},
@@ -121,6 +122,8 @@ func nameOf(r dbus.Record) string {
 		return r.Name
 	case dbus.OfferingProperties:
 		return r.Name
+	case dbus.ScheduleProperties:
+		return r.Name
 	case dbus.DomainProperties:
 		return r.Name
 	}
@@ -194,6 +197,42 @@ func (m *memory) UpdateOffering(_ context.Context, c Caller, id string, o dbus.U
 
 func (m *memory) RemoveOffering(_ context.Context, c Caller, id string) error {
 	return m.note(c, "remove offering %s", id)
+}
+
+func (m *memory) CreateSchedule(_ context.Context, c Caller, name string, calendars []string, o dbus.CreateScheduleOptions) (string, error) {
+	return "S9", m.note(c, "create schedule %s %v for %s%s", name, calendars, o.Domain, o.Offering)
+}
+
+func (m *memory) UpdateSchedule(_ context.Context, c Caller, id string, o dbus.UpdateScheduleOptions) error {
+	return m.note(c, "update %s to %v", id, *o.Calendars)
+}
+
+func (m *memory) EnableSchedule(_ context.Context, c Caller, id string) error {
+	return m.note(c, "enable %s", id)
+}
+
+func (m *memory) DisableSchedule(_ context.Context, c Caller, id string) error {
+	return m.note(c, "disable %s", id)
+}
+
+func (m *memory) RemoveSchedule(_ context.Context, c Caller, id string) error {
+	return m.note(c, "remove schedule %s", id)
+}
+
+func (m *memory) TriggerSchedule(_ context.Context, c Caller, id string, o dbus.TriggerOptions) (dbus.ScheduleRun, error) {
+	return dbus.ScheduleRun{State: dbus.RunRunning, Reason: "but", Jobs: []string{jobID}}, m.note(c, "trigger %s %v", id, o.Timer)
+}
+
+func (m *memory) PreviewCalendars(_ context.Context, calendars []string, count int) ([]time.Time, error) {
+	return slices.Repeat([]time.Time{time.UnixMicro(int64(len(calendars)))}, count), nil
+}
+
+func (m *memory) PreviewSchedule(_ context.Context, _ string, count int) ([]time.Time, error) {
+	return slices.Repeat([]time.Time{time.UnixMicro(7)}, count), nil
+}
+
+func (m *memory) ScheduleRuns(_ context.Context, id string, limit int) ([]dbus.ScheduleRun, error) {
+	return []dbus.ScheduleRun{{ID: id, State: dbus.RunSkipped, Reason: fmt.Sprintf("limit %d", limit), Created: time.UnixMicro(8)}}, nil
 }
 
 func (m *memory) AssignDomain(_ context.Context, c Caller, uuid, offering string) error {

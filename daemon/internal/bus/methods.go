@@ -56,6 +56,9 @@ func parsers() map[string]parser {
 	return map[string]parser{
 		"org.virtbackup1.Manager.CreateRepository":       createRepository,
 		"org.virtbackup1.Manager.CreateOffering":         createOffering,
+		"org.virtbackup1.Manager.CreateSchedule":         createSchedule,
+		"org.virtbackup1.Manager.PreviewSchedule":        previewCalendars,
+		"org.virtbackup1.Manager.GetSchedule":            getObject(dbus.KindSchedule),
 		"org.virtbackup1.Manager.GetRepository":          getObject(dbus.KindRepository),
 		"org.virtbackup1.Manager.GetOffering":            getObject(dbus.KindOffering),
 		"org.virtbackup1.Manager.GetDomain":              getObject(dbus.KindDomain),
@@ -75,6 +78,14 @@ func parsers() map[string]parser {
 
 		"org.virtbackup1.Offering.Update": updateOffering,
 		"org.virtbackup1.Offering.Remove": change("remove offering", Backend.RemoveOffering),
+
+		"org.virtbackup1.Schedule.Update":   updateSchedule,
+		"org.virtbackup1.Schedule.Enable":   change("enable schedule", Backend.EnableSchedule),
+		"org.virtbackup1.Schedule.Disable":  change("disable schedule", Backend.DisableSchedule),
+		"org.virtbackup1.Schedule.Trigger":  triggerSchedule,
+		"org.virtbackup1.Schedule.Preview":  previewSchedule,
+		"org.virtbackup1.Schedule.ListRuns": scheduleRuns,
+		"org.virtbackup1.Schedule.Remove":   change("remove schedule", Backend.RemoveSchedule),
 
 		"org.virtbackup1.Domain.Assign":       assignDomain,
 		"org.virtbackup1.Domain.Unassign":     change("unassign domain", Backend.UnassignDomain),

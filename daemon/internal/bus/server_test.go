@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"slices"
 	"testing"
+	"time"
 
 	godbus "github.com/godbus/dbus/v5"
 	"github.com/google/go-cmp/cmp"
@@ -107,6 +108,17 @@ func TestClientReachesEveryCallOfTheBackend(t *testing.T) {
 	ok(c.RemoveRepository(ctx, "R1"))
 	ok(c.UpdateOffering(ctx, "O1", dbus.UpdateOfferingOptions{Repository: &tape}))
 	ok(c.RemoveOffering(ctx, "O1"))
+	if id, err := c.CreateSchedule(ctx, "gold", []string{"daily", "Mon"}, dbus.CreateScheduleOptions{Offering: "weekly"}); id != "S9" || err != nil {
+		t.Error(id, err)
+	}
+	ok(c.UpdateSchedule(ctx, "S1", dbus.UpdateScheduleOptions{Calendars: &[]string{"weekly"}, Repository: &tape}))
+	ok(c.EnableSchedule(ctx, "S1"))
+	ok(c.DisableSchedule(ctx, "S1"))
+	if state, reason, ids, err := c.TriggerSchedule(ctx, "S1", dbus.TriggerOptions{Timer: true}); state != dbus.RunRunning || reason != "but" ||
+		!slices.Equal(ids, []string{jobID}) || err != nil {
+		t.Error(state, reason, ids, err)
+	}
+	ok(c.RemoveSchedule(ctx, "S1"))
 	ok(c.AssignDomain(ctx, webUUID, "daily"))
 	ok(c.UnassignDomain(ctx, webUUID))
 	job(c.BackupDomain(ctx, webUUID, dbus.BackupOptions{Repository: "tape", Full: true}))
@@ -124,7 +136,8 @@ func TestClientReachesEveryCallOfTheBackend(t *testing.T) {
 	ok(c.CancelJob(ctx, jobID))
 	want := []string{
 		"create repository new dir /srv/new true", "create offering monthly nas true", "reload", "notify hook", "check R1",
-		"remove repository R1", "update O1 to tape", "remove offering O1", "assign " + webUUID + " daily", "unassign " + webUUID,
+		"remove repository R1", "update O1 to tape", "remove offering O1", "create schedule gold [daily Mon] for weekly",
+		"update S1 to [weekly]", "enable S1", "disable S1", "trigger S1 true", "remove schedule S1", "assign " + webUUID + " daily", "unassign " + webUUID,
 		"back up " + webUUID + ` offering="" repository="tape" full=true`, "finish " + webUUID, "verify chain C1", "delete chain C1 true",
 		"delete " + backupID + " true", "verify " + backupID, "restore " + backupID + " as copy [vda]",
 		"restore " + backupID + " in place true", "cancel " + jobID,
@@ -146,19 +159,31 @@ func TestClientReadsWhatTheBackendSays(t *testing.T) {
 		t.Error(manager, err)
 	}
 	objects, err := c.Objects(ctx)
-	if err != nil || len(objects.Repositories) != 2 || len(objects.Offerings) != 2 || len(objects.Domains) != 2 || len(objects.Jobs) != 1 {
+	if err != nil || len(objects.Repositories) != 2 || len(objects.Offerings) != 2 || len(objects.Schedules) != 1 || len(objects.Domains) != 2 || len(objects.Jobs) != 1 {
 		t.Errorf("%+v, %v", objects, err)
 	}
 	for _, f := range []struct {
 		find       func(context.Context, string) (string, error)
 		name, want string
 	}{
-		{c.FindRepository, "nas", "R1"}, {c.FindOffering, "daily", "O1"},
+		{c.FindRepository, "nas", "R1"}, {c.FindOffering, "daily", "O1"}, {c.FindSchedule, "nightly", "S1"},
 		{c.FindDomain, "web", webUUID}, {c.FindBackup, "01JD8Q4M6Z3V5W7X9YA", backupID},
 	} {
 		if id, err := f.find(ctx, f.name); id != f.want || err != nil {
 			t.Errorf("%s: %q, %v", f.name, id, err)
 		}
+	}
+	for _, preview := range []func() ([]time.Time, error){
+		func() ([]time.Time, error) { return c.PreviewSchedule(ctx, slices.Repeat([]string{"daily"}, 7), 0) },
+		func() ([]time.Time, error) { return c.PreviewOf(ctx, "S1", 10) },
+	} {
+		if times, err := preview(); len(times) != 10 || !times[9].Equal(time.UnixMicro(7)) || err != nil {
+			t.Error(times, err)
+		}
+	}
+	runs, err := c.ScheduleRuns(ctx, "S1", 5)
+	if len(runs) != 1 || runs[0].ID != "S1" || runs[0].State != dbus.RunSkipped || runs[0].Reason != "limit 5" || !runs[0].Created.Equal(time.UnixMicro(8)) || err != nil {
+		t.Errorf("%+v, %v", runs, err)
 	}
 	backup, err := dbus.Get[dbus.BackupProperties](ctx, c, backupID)
 	want := m.objects[dbus.Ref{Kind: dbus.KindBackup, ID: backupID}].(dbus.BackupProperties)

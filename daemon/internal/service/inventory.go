@@ -100,6 +100,15 @@ func (s *Service) RemoveRepository(ctx context.Context, _ bus.Caller, id string)
 			return dbus.Errorf(dbus.ErrBusy, "offering %q names repository %q: remove or change the offering first", o.Name, r.Name)
 		}
 	}
+	schedules, err := s.Catalog.Schedules(ctx)
+	if err != nil {
+		return failure.Named(err)
+	}
+	for _, sch := range schedules {
+		if sch.Repository == id {
+			return dbus.Errorf(dbus.ErrBusy, "schedule %q backs up to repository %q: remove or change the schedule first", sch.Name, r.Name)
+		}
+	}
 	if err := s.Catalog.RemoveRepository(ctx, id); errors.Is(err, catalog.ErrInUse) {
 		return dbus.Errorf(dbus.ErrBusy, "backups of repository %q are known: delete them first", r.Name)
 	} else if err != nil {

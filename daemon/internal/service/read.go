@@ -21,7 +21,7 @@ const managedJobs = 100
 func (s *Service) Objects(ctx context.Context) ([]dbus.Record, error) {
 	var all []dbus.Record
 	for _, list := range []func(context.Context) ([]dbus.Record, error){
-		s.repositories, s.offerings, s.allDomains, s.jobs,
+		s.repositories, s.offerings, s.schedules, s.allDomains, s.jobs,
 	} {
 		records, err := list(ctx)
 		if err != nil {
@@ -54,6 +54,12 @@ func (s *Service) object(ctx context.Context, ref dbus.Ref) (dbus.Record, error)
 			return nil, err
 		}
 		return asRecord(s.offeringRecord(ctx, o))
+	case dbus.KindSchedule:
+		sch, err := s.Catalog.Schedule(ctx, ref.ID)
+		if err != nil {
+			return nil, err
+		}
+		return asRecord(s.scheduleRecord(ctx, sch))
 	case dbus.KindDomain:
 		return asRecord(s.domainRecord(ctx, ref.ID))
 	case dbus.KindChain:
@@ -127,6 +133,12 @@ func (s *Service) find(ctx context.Context, kind dbus.Kind, name string) (string
 			o, err = s.offeringByID(ctx, name)
 		}
 		return o.ID, err
+	case dbus.KindSchedule:
+		sch, err := s.Catalog.ScheduleByName(ctx, name)
+		if errors.Is(err, catalog.ErrNotFound) {
+			sch, err = s.Catalog.Schedule(ctx, name)
+		}
+		return sch.ID, err
 	case dbus.KindDomain:
 		return s.findDomain(ctx, name)
 	case dbus.KindBackup:

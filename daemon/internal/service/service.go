@@ -18,6 +18,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
 	"github.com/virtbackup/virtbackup/daemon/internal/lifecycle"
 	"github.com/virtbackup/virtbackup/daemon/internal/restore"
+	"github.com/virtbackup/virtbackup/daemon/internal/schedule"
 	"github.com/virtbackup/virtbackup/dbus"
 )
 
@@ -49,6 +50,8 @@ type Deps struct {
 	Restore Planner
 	// Lifecycle may be nil: then nobody takes over what the hook has recorded.
 	Lifecycle Lifecycle
+	// Schedules may be nil: then nobody asks for any.
+	Schedules *schedule.Keeper
 	// People may be nil: then they are looked up on this host.
 	People  People
 	Config  *config.Config

@@ -124,6 +124,9 @@ func (s *Service) jobChanged(ctx context.Context, t *told, st job.Status) {
 	if !st.State.Ended() {
 		return
 	}
+	if s.Schedules != nil {
+		s.Schedules.Kick()
+	}
 	if st.Repository != "" {
 		s.repositoryChecked(ctx, st)
 	}

@@ -36,7 +36,7 @@ On a terminal, it tells what goes and asks first.`,
 		if dryRun {
 			return a.showDeletion(ctx, c, all)
 		}
-		if !yes && a.json == jsonOff && isTerminal(a.in) && isTerminal(a.err) {
+		if a.asks(yes) {
 			if err := a.confirm(ctx, fmt.Sprintf("Delete %s?", strings.Join(all, ", "))); err != nil {
 				return err
 			}
@@ -122,6 +122,11 @@ func (a *app) showDeletion(ctx context.Context, c *dbus.Client, ids []string) er
 	})
 }
 
+// asks tells whether there is a person to be asked, who has not said yes before.
+func (a *app) asks(sure bool) bool {
+	return !sure && a.json == jsonOff && isTerminal(a.in) && isTerminal(a.err)
+}
+
 // confirm asks a person on the terminal.
 func (a *app) confirm(ctx context.Context, question string) error {
 	fmt.Fprintf(a.err, "%s [y/N] ", clean(question))
@@ -135,7 +140,7 @@ func (a *app) confirm(ctx context.Context, question string) error {
 		return ctx.Err()
 	case text := <-answer:
 		if text != "y" && text != "yes" {
-			return errors.New("nothing was deleted, as you did not say yes")
+			return errors.New("nothing was done, as you did not say yes")
 		}
 		return nil
 	}

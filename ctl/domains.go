@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -50,15 +51,62 @@ func (a *app) domainCommand() *cobra.Command {
 		a.say("Domain %s is assigned to offering %s.", args[0], args[1])
 		return a.jsonRecord(dbus.Get[dbus.DomainProperties](ctx, c, uuid))
 	})
-	unassign := a.domainVerb("unassign", "Take a domain's offering away; its backups stay", func(ctx context.Context, c *dbus.Client, d dbus.DomainProperties) error {
+	show := a.domainVerb("show", "Show a domain, and what its next backup would do", a.showDomain)
+	return group("domain", "Manage domains", list, assign, a.unassignCommand(), a.domainSetCommand(), show)
+}
+
+func (a *app) unassignCommand() *cobra.Command {
+	var forced, dryRun, sure bool
+	cmd := a.domainVerb("unassign", "Take a domain's offering away; its backups stay, unless forced", func(ctx context.Context, c *dbus.Client, d dbus.DomainProperties) error {
+		if forced || dryRun {
+			return a.unassignForced(ctx, c, d, dryRun, sure)
+		}
 		if err := c.UnassignDomain(ctx, d.UUID); err != nil {
 			return err
 		}
 		a.say("Domain %s is assigned to no offering; its backups stay.", d.Name)
 		return a.jsonRecord(dbus.Get[dbus.DomainProperties](ctx, c, d.UUID))
 	})
-	show := a.domainVerb("show", "Show a domain, and what its next backup would do", a.showDomain)
-	return group("domain", "Manage domains", list, assign, unassign, a.domainSetCommand(), show)
+	f := cmd.Flags()
+	f.BoolVar(&forced, "forced", false, "delete all its backups, too; asks first")
+	f.BoolVar(&dryRun, "dry-run", false, "only tell which backups --forced would delete")
+	f.BoolVarP(&sure, "yes", "y", false, "do not ask")
+	return cmd
+}
+
+// unassignForced takes a domain's offering away, and then its backups, in that
+// order: the first can be taken back.
+func (a *app) unassignForced(ctx context.Context, c *dbus.Client, d dbus.DomainProperties, dryRun, sure bool) error {
+	backups, bytes, _, err := c.DeleteDomainBackups(ctx, d.UUID, dbus.DeleteDomainBackupsOptions{DryRun: true})
+	if err != nil {
+		return err
+	}
+	if dryRun {
+		return a.show(object{{"domain", d.Name}, {"offering", d.Offering}, {"backups", backups}, {"stored_bytes", bytes}}, func(p *page) {
+			p.line("Domain %s would be assigned to no offering, and %d backups, %s, would be deleted.", d.Name, len(backups), size(bytes))
+			for _, id := range backups {
+				p.line("%s", id)
+			}
+		})
+	}
+	if a.asks(sure) {
+		if err := a.confirm(ctx, fmt.Sprintf("Delete all %d backups of domain %s, %s?", len(backups), d.Name, size(bytes))); err != nil {
+			return err
+		}
+	}
+	if err := c.UnassignDomain(ctx, d.UUID); err != nil && (!isNotFound(err) || d.Offering != "") {
+		return err
+	}
+	_, _, jobs, err := c.DeleteDomainBackups(ctx, d.UUID, dbus.DeleteDomainBackupsOptions{})
+	if err != nil {
+		return err
+	}
+	a.say("Domain %s is assigned to no offering.", d.Name)
+	if len(jobs) == 0 {
+		return a.jsonRecord(dbus.Get[dbus.DomainProperties](ctx, c, d.UUID))
+	}
+	done, err := a.finish(ctx, c, jobs...)
+	return errors.Join(a.jsonJobs(done, true), err)
 }
 
 // domainVerb makes a verb that takes a domain.

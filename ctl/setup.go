@@ -145,14 +145,7 @@ func (a *app) offeringCommand() *cobra.Command {
 	show := a.offeringVerb("show", "Show an offering", func(ctx context.Context, c *dbus.Client, o dbus.OfferingProperties) error {
 		return a.show(o, func(p *page) { offeringPage(p, o) })
 	})
-	remove := a.offeringVerb("remove", "Remove an offering that no domain has", func(ctx context.Context, c *dbus.Client, o dbus.OfferingProperties) error {
-		if err := c.RemoveOffering(ctx, o.ID); err != nil {
-			return err
-		}
-		a.say("Offering %s is removed.", o.Name)
-		return a.jsonRecord(o, nil)
-	})
-	return group("offering", "Manage offerings", a.offeringCreateCommand(), a.offeringUpdateCommand(), list, show, remove)
+	return group("offering", "Manage offerings", a.offeringCreateCommand(), a.offeringUpdateCommand(), list, show, a.offeringRemoveCommand())
 }
 
 // offeringVerb makes a verb that takes an offering.
@@ -225,6 +218,62 @@ func (a *app) offeringUpdateCommand() *cobra.Command {
 	complete(cmd, "repository", a.names(0, repositoryNames))
 	addOffering(cmd, &change.OfferingOptions)
 	return cmd
+}
+
+func (a *app) offeringRemoveCommand() *cobra.Command {
+	var o dbus.RemoveOfferingOptions
+	var sure bool
+	cmd := a.offeringVerb("remove", "Remove an offering that no domain has, or take it from those that have it", func(ctx context.Context, c *dbus.Client, offering dbus.OfferingProperties) error {
+		going, err := c.RemoveOffering(ctx, offering.ID, dbus.RemoveOfferingOptions{DryRun: true})
+		if err != nil {
+			return err
+		}
+		names, err := domainNamesOf(ctx, c, going)
+		if err != nil {
+			return err
+		}
+		if o.DryRun {
+			return a.show(object{{"offering", offering.Name}, {"domains", names}}, func(p *page) {
+				p.line("Offering %s would be removed; domains that have it: %s.", offering.Name, listOr(names, "none"))
+			})
+		}
+		if o.Forced && len(names) > 0 && a.asks(sure) {
+			if err := a.confirm(ctx, fmt.Sprintf("Remove offering %s, and leave these domains without backups: %s?", offering.Name, strings.Join(names, ", "))); err != nil {
+				return err
+			}
+		}
+		if _, err := c.RemoveOffering(ctx, offering.ID, o); err != nil {
+			return err
+		}
+		a.say("Offering %s is removed.", offering.Name)
+		return a.jsonRecord(offering, nil)
+	})
+	f := cmd.Flags()
+	f.BoolVar(&o.Forced, "forced", false, "take it from the domains that have it; their backups stay, their chains end")
+	f.BoolVar(&o.DryRun, "dry-run", false, "only tell whom it would hit")
+	f.BoolVarP(&sure, "yes", "y", false, "do not ask")
+	return cmd
+}
+
+// domainNamesOf returns the names of domains.
+func domainNamesOf(ctx context.Context, c *dbus.Client, uuids []string) ([]string, error) {
+	names := []string{}
+	for _, uuid := range uuids {
+		d, err := dbus.Get[dbus.DomainProperties](ctx, c, uuid)
+		if err != nil {
+			return nil, err
+		}
+		names = append(names, d.Name)
+	}
+	return names, nil
+}
+
+// listOr names some things, or says what is said of none.
+func listOr(names []string, none string) string {
+	if len(names) == 0 {
+		return none
+	}
+	return strings.Join(names, ", ")
 }
 
 func offeringTable(p *page, offerings []dbus.OfferingProperties) {

@@ -192,6 +192,9 @@ func (a *app) wire() {
 	a.schedules = schedule.New(a.catalog, a.timers, a.log)
 	a.service = service.New(service.Deps{
 		Catalog: a.catalog, Jobs: a.engine, Domains: a.hypervisor, Restore: restores, Lifecycle: a.lifecycle, Schedules: a.schedules, Config: c, Reload: a.reload,
+		OfferingFiles: func() ([]config.OfferingFile, error) {
+			return config.LoadOfferings(filepath.Join(filepath.Dir(a.path), config.OfferingsDirectory))
+		},
 		Host: host, Version: version, Log: a.log,
 	})
 	a.service.Notify(a.server)
@@ -220,6 +223,9 @@ func (a *app) serve(ctx context.Context) error {
 	defer a.engine.Stop()
 	for _, f := range []func(context.Context){a.service.Run, a.lifecycle.Run, a.schedules.Run, a.reloadOnHangup} {
 		background.Go(func() { f(ctx) })
+	}
+	if err := a.service.LoadOfferings(ctx); err != nil {
+		a.log.Error("not all offerings are what their files say", "error", err)
 	}
 	if err := a.server.Start(ctx, a.service); err != nil {
 		return err

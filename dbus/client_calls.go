@@ -105,9 +105,11 @@ func (c *Client) UpdateOffering(ctx context.Context, id string, o UpdateOffering
 	return c.object(ctx, Ref{KindOffering, id}, "Update", []any{EncodeOptions(o)})
 }
 
-// RemoveOffering removes an offering that no domain has.
-func (c *Client) RemoveOffering(ctx context.Context, id string) error {
-	return c.object(ctx, Ref{KindOffering, id}, "Remove", []any{EncodeOptions(NoOptions{})})
+// RemoveOffering removes an offering, and returns the UUIDs of the domains that
+// had it, or for a dry run have it.
+func (c *Client) RemoveOffering(ctx context.Context, id string, o RemoveOfferingOptions) (domains []string, err error) {
+	err = c.object(ctx, Ref{KindOffering, id}, "Remove", []any{EncodeOptions(o)}, &domains)
+	return domains, err
 }
 
 // UpdateSchedule changes what is given.
@@ -177,6 +179,23 @@ func (c *Client) BackupDomain(ctx context.Context, uuid string, o BackupOptions)
 // FinishChain ends a domain's open chain.
 func (c *Client) FinishChain(ctx context.Context, uuid string) error {
 	return c.object(ctx, Ref{KindDomain, uuid}, "FinishChain", []any{EncodeOptions(NoOptions{})})
+}
+
+// DeleteDomainBackups deletes all backups of a domain, and returns them and
+// their bytes; there are no jobs for a dry run.
+func (c *Client) DeleteDomainBackups(ctx context.Context, uuid string, o DeleteDomainBackupsOptions) (backups []string, bytes uint64, jobs []string, err error) {
+	var paths []godbus.ObjectPath
+	if err := c.object(ctx, Ref{KindDomain, uuid}, "DeleteBackups", []any{EncodeOptions(o)}, &backups, &bytes, &paths); err != nil {
+		return nil, 0, nil, err
+	}
+	for _, p := range paths {
+		job, err := idOf(p, KindJob)
+		if err != nil {
+			return nil, 0, nil, err
+		}
+		jobs = append(jobs, job)
+	}
+	return backups, bytes, jobs, nil
 }
 
 // SetOverrides sets and unsets what a domain has in place of its offering's settings.

@@ -134,6 +134,47 @@ func DecodeOptions(m map[string]godbus.Variant, o any) error {
 	return nil
 }
 
+// SetOption sets one option of the struct that o points to, to a value as
+// configuration files have them: a string, a truth, a whole number or a list.
+// It is as strict as DecodeOptions.
+func SetOption(o any, key string, value any) error {
+	for _, f := range fields(reflect.ValueOf(o).Elem()) {
+		if f.key != key {
+			continue
+		}
+		plain, err := plainAs(value, signature(f.value.Type()))
+		if err == nil {
+			return DecodeOptions(map[string]godbus.Variant{key: godbus.MakeVariant(plain)}, o)
+		}
+		return Errorf(ErrInvalidArgument, "option %q: %v", key, err)
+	}
+	return Errorf(ErrInvalidArgument, "unknown option %q", key)
+}
+
+// plainAs returns a value as the D-Bus type asks for it.
+func plainAs(value any, want string) (any, error) {
+	switch x := value.(type) {
+	case string, bool:
+		return x, nil // whether it is what is wanted, the decoder sees
+	case int64:
+		if want != "u" || x < 0 || x > math.MaxUint32 {
+			return nil, fmt.Errorf("%d is not expected", x)
+		}
+		return uint32(x), nil
+	case []any:
+		list := make([]string, len(x))
+		for i, one := range x {
+			text, ok := one.(string)
+			if !ok {
+				return nil, fmt.Errorf("%v is not a list of strings", x)
+			}
+			list[i] = text
+		}
+		return list, nil
+	}
+	return nil, fmt.Errorf("%v is not expected", value)
+}
+
 // MergeOptions sets the options of the struct that into points to that are
 // given in one of the same type; their fields are pointers.
 func MergeOptions[O any](into *O, given O) {

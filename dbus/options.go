@@ -114,6 +114,18 @@ type TriggerOptions struct {
 	Timer bool `dbus:"timer"`
 }
 
+// RemoveOfferingOptions are those of Offering.Remove.
+type RemoveOfferingOptions struct {
+	// Forced takes it from the domains that have it.
+	Forced bool `dbus:"forced"`
+	DryRun bool `dbus:"dry_run"`
+}
+
+// DeleteDomainBackupsOptions are those of Domain.DeleteBackups.
+type DeleteDomainBackupsOptions struct {
+	DryRun bool `dbus:"dry_run"`
+}
+
 // BackupOptions are those of Domain.Backup.
 type BackupOptions struct {
 	// Offering and Repository are names or ids; at most one is given. With

@@ -77,11 +77,12 @@ func table() map[string]Action {
 		"org.virtbackup1.Schedule.ListRuns": ActionView,
 		"org.virtbackup1.Schedule.Remove":   ActionManageSchedules,
 
-		"org.virtbackup1.Domain.Assign":       ActionManageDomains,
-		"org.virtbackup1.Domain.Unassign":     ActionManageDomains,
-		"org.virtbackup1.Domain.Backup":       ActionBackup,
-		"org.virtbackup1.Domain.FinishChain":  ActionManageDomains,
-		"org.virtbackup1.Domain.ListTracking": ActionView,
+		"org.virtbackup1.Domain.Assign":        ActionManageDomains,
+		"org.virtbackup1.Domain.Unassign":      ActionManageDomains,
+		"org.virtbackup1.Domain.Backup":        ActionBackup,
+		"org.virtbackup1.Domain.FinishChain":   ActionManageDomains,
+		"org.virtbackup1.Domain.ListTracking":  ActionView,
+		"org.virtbackup1.Domain.DeleteBackups": ActionDelete,
 		// What a domain has in place of its offering's settings is part of what is sold.
 		"org.virtbackup1.Domain.SetOverrides": ActionManageOfferings,
 		"org.virtbackup1.Domain.ListSettings": ActionView,

@@ -149,7 +149,8 @@ func TestInputUse(t *testing.T) {
 	elsewhere := "nowhere"
 	refuses(t, "update to an unknown repository", h.UpdateOffering(ctx, offering, dbus.UpdateOfferingOptions{Repository: &elsewhere}),
 		dbus.ErrNotFound, `repository "nowhere"`)
-	refuses(t, "remove an assigned offering", h.RemoveOffering(ctx, offering), dbus.ErrBusy, `"input-use"`, h.offering, "unassign")
+	_, err = h.RemoveOffering(ctx, offering, dbus.RemoveOfferingOptions{})
+	refuses(t, "remove an assigned offering", err, dbus.ErrBusy, `"input-use"`, h.offering, "unassign")
 	refuses(t, "remove a repository with an offering", h.RemoveRepository(ctx, h.repository), dbus.ErrBusy, "offering", h.offering)
 	full := h.backup(g, dbus.BackupOptions{})
 	g.io("vda", "write -P 3 1M 64k")
@@ -160,7 +161,11 @@ func TestInputUse(t *testing.T) {
 	if err != nil || job != "" || len(going) != 2 {
 		t.Errorf("dry run: %v, %q, %v", going, job, err)
 	}
-	if err := errors.Join(h.UnassignDomain(ctx, g.uuid), h.RemoveOffering(ctx, offering)); err != nil {
+	err = h.UnassignDomain(ctx, g.uuid)
+	if err == nil {
+		_, err = h.RemoveOffering(ctx, offering, dbus.RemoveOfferingOptions{})
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	refuses(t, "remove a repository with backups", h.RemoveRepository(ctx, h.repository), dbus.ErrBusy, "backups", h.offering, "delete")

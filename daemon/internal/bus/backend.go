@@ -76,7 +76,8 @@ type Repositories interface {
 type Offerings interface {
 	CreateOffering(ctx context.Context, caller Caller, name, repository string, o dbus.OfferingOptions) (offering string, err error)
 	UpdateOffering(ctx context.Context, caller Caller, id string, o dbus.UpdateOfferingOptions) error
-	RemoveOffering(ctx context.Context, caller Caller, id string) error
+	// RemoveOffering returns the UUIDs of the domains that have, or had, it.
+	RemoveOffering(ctx context.Context, caller Caller, id string, o dbus.RemoveOfferingOptions) (domains []string, err error)
 }
 
 // Schedules is what is done with schedules. Counts and limits are from 1 to 1000.
@@ -108,6 +109,9 @@ type Domains interface {
 	DomainTracking(ctx context.Context, uuid string) ([]dbus.DomainTracking, error)
 	// DomainMarks returns the newest first. The limit is from 1 to 1000.
 	DomainMarks(ctx context.Context, uuid string, limit int) ([]dbus.Mark, error)
+	// DeleteDomainBackups returns the backups that go, newest first, and their
+	// bytes; there are no jobs for a dry run.
+	DeleteDomainBackups(ctx context.Context, caller Caller, uuid string, o dbus.DeleteDomainBackupsOptions) (backups []string, bytes uint64, jobs []string, err error)
 	VerifyChain(ctx context.Context, caller Caller, id string) (job string, err error)
 	// DeleteChain and DeleteBackup return the backups that go, newest first;
 	// the job is empty for a dry run.

@@ -195,8 +195,8 @@ func (m *memory) UpdateOffering(_ context.Context, c Caller, id string, o dbus.U
 	return m.note(c, "update %s to %s", id, *o.Repository)
 }
 
-func (m *memory) RemoveOffering(_ context.Context, c Caller, id string) error {
-	return m.note(c, "remove offering %s", id)
+func (m *memory) RemoveOffering(_ context.Context, c Caller, id string, o dbus.RemoveOfferingOptions) ([]string, error) {
+	return []string{webUUID}, m.note(c, "remove offering %s %v", id, o.Forced)
 }
 
 func (m *memory) CreateSchedule(_ context.Context, c Caller, name string, calendars []string, o dbus.CreateScheduleOptions) (string, error) {
@@ -293,6 +293,10 @@ func (m *memory) CancelJob(_ context.Context, c Caller, id string) error {
 
 func (m *memory) JobLog(_ context.Context, _ string, limit int) ([]dbus.LogMessage, error) {
 	return []dbus.LogMessage{{Level: "info", Message: fmt.Sprintf("limit %d", limit)}}, nil
+}
+
+func (m *memory) DeleteDomainBackups(_ context.Context, c Caller, uuid string, o dbus.DeleteDomainBackupsOptions) ([]string, uint64, []string, error) {
+	return []string{backupID}, 3, []string{jobID}, m.note(c, "delete backups of %s %v", uuid, o.DryRun)
 }
 
 func (m *memory) SetOverrides(_ context.Context, c Caller, uuid string, o dbus.Overrides, unset []string) error {

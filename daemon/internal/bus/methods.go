@@ -77,7 +77,7 @@ func parsers() map[string]parser {
 		"org.virtbackup1.Repository.Remove": change("remove repository", Backend.RemoveRepository),
 
 		"org.virtbackup1.Offering.Update": updateOffering,
-		"org.virtbackup1.Offering.Remove": change("remove offering", Backend.RemoveOffering),
+		"org.virtbackup1.Offering.Remove": removeOffering,
 
 		"org.virtbackup1.Schedule.Update":   updateSchedule,
 		"org.virtbackup1.Schedule.Enable":   change("enable schedule", Backend.EnableSchedule),
@@ -87,14 +87,15 @@ func parsers() map[string]parser {
 		"org.virtbackup1.Schedule.ListRuns": scheduleRuns,
 		"org.virtbackup1.Schedule.Remove":   change("remove schedule", Backend.RemoveSchedule),
 
-		"org.virtbackup1.Domain.Assign":       assignDomain,
-		"org.virtbackup1.Domain.Unassign":     change("unassign domain", Backend.UnassignDomain),
-		"org.virtbackup1.Domain.Backup":       backupDomain,
-		"org.virtbackup1.Domain.FinishChain":  change("finish chain", Backend.FinishChain),
-		"org.virtbackup1.Domain.ListTracking": domainTracking,
-		"org.virtbackup1.Domain.SetOverrides": setOverrides,
-		"org.virtbackup1.Domain.ListSettings": domainSettings,
-		"org.virtbackup1.Domain.ListMarks":    domainMarks,
+		"org.virtbackup1.Domain.Assign":        assignDomain,
+		"org.virtbackup1.Domain.Unassign":      change("unassign domain", Backend.UnassignDomain),
+		"org.virtbackup1.Domain.Backup":        backupDomain,
+		"org.virtbackup1.Domain.FinishChain":   change("finish chain", Backend.FinishChain),
+		"org.virtbackup1.Domain.ListTracking":  domainTracking,
+		"org.virtbackup1.Domain.SetOverrides":  setOverrides,
+		"org.virtbackup1.Domain.ListSettings":  domainSettings,
+		"org.virtbackup1.Domain.ListMarks":     domainMarks,
+		"org.virtbackup1.Domain.DeleteBackups": deleteDomainBackups,
 
 		"org.virtbackup1.Chain.Verify": startJob("verify chain", Backend.VerifyChain),
 		"org.virtbackup1.Chain.Delete": remove("delete chain", Backend.DeleteChain),

@@ -146,6 +146,36 @@ func updateOffering(about dbus.Ref, a arguments) (request, error) {
 	return r, nil
 }
 
+func removeOffering(about dbus.Ref, a arguments) (request, error) {
+	var o dbus.RemoveOfferingOptions
+	run := func(ctx context.Context, s *Server, c Caller) ([]any, error) {
+		domains, err := s.backend.RemoveOffering(ctx, c, about.ID, o)
+		return []any{append([]string{}, domains...)}, s.done(c, unless(o.DryRun, "remove offering"), about, err)
+	}
+	return request{run: run}, a.options(&o)
+}
+
+// unless names what is done, or only foreseen.
+func unless(dryRun bool, what string) string {
+	if dryRun {
+		return what + ", as a dry run"
+	}
+	return what
+}
+
+func deleteDomainBackups(about dbus.Ref, a arguments) (request, error) {
+	var o dbus.DeleteDomainBackupsOptions
+	run := func(ctx context.Context, s *Server, c Caller) ([]any, error) {
+		backups, bytes, jobs, err := s.backend.DeleteDomainBackups(ctx, c, about.ID, o)
+		paths := []godbus.ObjectPath{}
+		for _, id := range jobs {
+			paths = append(paths, dbus.Ref{Kind: dbus.KindJob, ID: id}.Path())
+		}
+		return []any{append([]string{}, backups...), bytes, paths}, s.done(c, unless(o.DryRun, "delete all backups of domain"), about, err)
+	}
+	return request{run: run}, a.options(&o)
+}
+
 func assignDomain(about dbus.Ref, a arguments) (request, error) {
 	offering := a.text(0)
 	run := func(ctx context.Context, s *Server, c Caller) ([]any, error) {

@@ -107,7 +107,9 @@ func TestClientReachesEveryCallOfTheBackend(t *testing.T) {
 	job(c.CheckRepository(ctx, "R1"))
 	ok(c.RemoveRepository(ctx, "R1"))
 	ok(c.UpdateOffering(ctx, "O1", dbus.UpdateOfferingOptions{Repository: &tape}))
-	ok(c.RemoveOffering(ctx, "O1"))
+	if domains, err := c.RemoveOffering(ctx, "O1", dbus.RemoveOfferingOptions{Forced: true}); !slices.Equal(domains, []string{webUUID}) || err != nil {
+		t.Error(domains, err)
+	}
 	if id, err := c.CreateSchedule(ctx, "gold", []string{"daily", "Mon"}, dbus.CreateScheduleOptions{Offering: "weekly"}); id != "S9" || err != nil {
 		t.Error(id, err)
 	}
@@ -123,6 +125,10 @@ func TestClientReachesEveryCallOfTheBackend(t *testing.T) {
 	ok(c.UnassignDomain(ctx, webUUID))
 	job(c.BackupDomain(ctx, webUUID, dbus.BackupOptions{Repository: "tape", Full: true}))
 	ok(c.FinishChain(ctx, webUUID))
+	ok(c.SetOverrides(ctx, webUUID, dbus.Overrides{Settings: dbus.Settings{Mode: &mode}, Retention: dbus.Retention{KeepLast: new(uint32(4))}}, []string{"threads"}))
+	if ids, bytes, jobs, err := c.DeleteDomainBackups(ctx, webUUID, dbus.DeleteDomainBackupsOptions{DryRun: true}); !slices.Equal(ids, []string{backupID}) || bytes != 3 || !slices.Equal(jobs, []string{jobID}) || err != nil {
+		t.Error(ids, bytes, jobs, err)
+	}
 	job(c.VerifyChain(ctx, "C1"))
 	if ids, id, err := c.DeleteChain(ctx, "C1", dbus.DeleteChainOptions{DryRun: true}); !slices.Equal(ids, []string{backupID}) || id != "" || err != nil {
 		t.Error(ids, id, err)
@@ -136,9 +142,9 @@ func TestClientReachesEveryCallOfTheBackend(t *testing.T) {
 	ok(c.CancelJob(ctx, jobID))
 	want := []string{
 		"create repository new dir /srv/new true", "create offering monthly nas true", "reload", "notify hook", "check R1",
-		"remove repository R1", "update O1 to tape", "remove offering O1", "create schedule gold [daily Mon] for weekly",
+		"remove repository R1", "update O1 to tape", "remove offering O1 true", "create schedule gold [daily Mon] for weekly",
 		"update S1 to [weekly]", "enable S1", "disable S1", "trigger S1 true", "remove schedule S1", "assign " + webUUID + " daily", "unassign " + webUUID,
-		"back up " + webUUID + ` offering="" repository="tape" full=true`, "finish " + webUUID, "verify chain C1", "delete chain C1 true",
+		"back up " + webUUID + ` offering="" repository="tape" full=true`, "finish " + webUUID, "override " + webUUID + " 4 of full, unset [threads]", "delete backups of " + webUUID + " true", "verify chain C1", "delete chain C1 true",
 		"delete " + backupID + " true", "verify " + backupID, "restore " + backupID + " as copy [vda]",
 		"restore " + backupID + " in place true", "cancel " + jobID,
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"slices"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/bus"
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
@@ -64,11 +65,52 @@ func (s *Service) DeleteChain(ctx context.Context, caller bus.Caller, id string,
 	return s.remove(ctx, caller, id, []string{id}, true, o.DryRun)
 }
 
-func (s *Service) remove(ctx context.Context, caller bus.Caller, chainID string, ids []string, withChildren, dryRun bool) ([]string, string, error) {
-	backups, err := s.Catalog.ChainBackups(ctx, chainID)
+// DeleteDomainBackups deletes all backups of a domain, with a job for each repository.
+func (s *Service) DeleteDomainBackups(ctx context.Context, caller bus.Caller, uuid string, o dbus.DeleteDomainBackupsOptions) (all []string, bytes uint64, jobs []string, err error) {
+	chains, err := s.Catalog.Chains(ctx, uuid)
 	if err != nil {
-		return nil, "", failure.Named(err)
+		return nil, 0, nil, failure.Named(err)
 	}
+	going := map[string][]string{} // by repository
+	for _, c := range chains {
+		backups, err := s.Catalog.ChainBackups(ctx, c.ID)
+		if err != nil {
+			return nil, 0, nil, failure.Named(err)
+		}
+		if len(backups) == 0 {
+			continue
+		}
+		ids, err := planRemoval(backups, []string{backups[0].ID}, true)
+		if err != nil {
+			return nil, 0, nil, err
+		}
+		going[c.Repository] = append(going[c.Repository], ids...)
+		for _, b := range backups {
+			bytes += b.StoredBytes
+		}
+	}
+	for repository, ids := range going {
+		all = append(all, ids...)
+		if o.DryRun {
+			continue
+		}
+		id, err := s.start(ctx, job.Request{
+			Kind: string(dbus.OperationDelete), Domain: uuid, Repository: repository, UID: caller.UID,
+			Backup: ids[len(ids)-1], Spec: removal.Request{Backups: ids},
+		})
+		if err != nil {
+			return nil, 0, nil, err
+		}
+		jobs = append(jobs, id)
+	}
+	slices.Sort(all)
+	slices.Reverse(all)
+	return all, bytes, jobs, nil
+}
+
+// planRemoval returns which backups of a chain go with those that are to, what
+// builds on others first.
+func planRemoval(backups []catalog.Backup, ids []string, withChildren bool) ([]string, error) {
 	var links []chain.Backup
 	for _, b := range backups {
 		links = append(links, b.Link())
@@ -76,15 +118,23 @@ func (s *Service) remove(ctx context.Context, caller bus.Caller, chainID string,
 	going, err := chain.PlanDelete(links, ids, withChildren)
 	switch {
 	case errors.Is(err, chain.ErrHasChildren):
-		return nil, "", dbus.Errorf(dbus.ErrBusy, "%v: delete them with it (with_children), or delete them first", err)
+		return nil, dbus.Errorf(dbus.ErrBusy, "%v: delete them with it (with_children), or delete them first", err)
 	case errors.Is(err, chain.ErrUnknown):
-		return nil, "", dbus.Errorf(dbus.ErrNotFound, "%v", err)
+		return nil, dbus.Errorf(dbus.ErrNotFound, "%v", err)
 	case errors.Is(err, chain.ErrRunning):
-		return nil, "", dbus.Errorf(dbus.ErrBusy, "%v: wait for its job, or cancel it", err)
-	case err != nil:
-		return nil, "", err
-	case dryRun:
-		return going, "", nil
+		return nil, dbus.Errorf(dbus.ErrBusy, "%v: wait for its job, or cancel it", err)
+	}
+	return going, err
+}
+
+func (s *Service) remove(ctx context.Context, caller bus.Caller, chainID string, ids []string, withChildren, dryRun bool) ([]string, string, error) {
+	backups, err := s.Catalog.ChainBackups(ctx, chainID)
+	if err != nil {
+		return nil, "", failure.Named(err)
+	}
+	going, err := planRemoval(backups, ids, withChildren)
+	if err != nil || dryRun {
+		return going, "", err
 	}
 	id, err := s.start(ctx, job.Request{
 		Kind: string(dbus.OperationDelete), Domain: backups[0].Domain, Repository: backups[0].Repository, UID: caller.UID,

@@ -3,6 +3,8 @@ package service
 import (
 	"cmp"
 	"context"
+	"errors"
+	"fmt"
 	"regexp"
 	"strings"
 	"time"
@@ -76,6 +78,9 @@ var userPattern = regexp.MustCompile(`^@?[A-Za-z_][A-Za-z0-9_.-]{0,63}\$?$`)
 // backup is made, as far as the change asks for it.
 func (s *Service) UpdateOffering(ctx context.Context, _ bus.Caller, id string, o dbus.UpdateOfferingOptions) error {
 	changed, err := s.offeringByID(ctx, id)
+	if err == nil {
+		err = ours(changed)
+	}
 	if err != nil {
 		return failure.Named(err)
 	}
@@ -96,22 +101,53 @@ func (s *Service) UpdateOffering(ctx context.Context, _ bus.Caller, id string, o
 	return nil
 }
 
-// RemoveOffering forgets an offering that no domain is assigned to.
-func (s *Service) RemoveOffering(ctx context.Context, _ bus.Caller, id string) error {
-	o, err := s.offeringByID(ctx, id)
+// RemoveOffering forgets an offering that no domain is assigned to, or, forced,
+// takes it from those that are: their backups stay, and their chains end. It
+// returns them, also of a dry run.
+func (s *Service) RemoveOffering(ctx context.Context, caller bus.Caller, id string, o dbus.RemoveOfferingOptions) ([]string, error) {
+	offering, err := s.offeringByID(ctx, id)
+	if err == nil {
+		err = ours(offering)
+	}
 	if err != nil {
-		return failure.Named(err)
+		return nil, failure.Named(err)
 	}
-	assigned, err := s.Catalog.Domains(ctx, o.Name)
+	assigned, err := s.Catalog.Domains(ctx, offering.Name)
 	if err != nil {
-		return failure.Named(err)
+		return nil, failure.Named(err)
 	}
-	if len(assigned) > 0 {
-		return dbus.Errorf(dbus.ErrBusy, "domain %q (of %d) is assigned to offering %q: unassign it first", assigned[0].Name, len(assigned), o.Name)
+	var uuids []string
+	for _, d := range assigned {
+		uuids = append(uuids, d.UUID)
 	}
-	if err := s.Catalog.RemoveOffering(ctx, o.Name); err != nil {
-		return failure.Named(err)
+	if o.DryRun {
+		return uuids, nil
+	}
+	if len(assigned) > 0 && !o.Forced {
+		return nil, dbus.Errorf(dbus.ErrBusy, "offering %q is assigned to %s: unassign it first, or force it, and they have none", offering.Name, domainNames(assigned))
+	}
+	for _, uuid := range uuids {
+		if err := s.UnassignDomain(ctx, caller, uuid); err != nil && !errors.Is(err, dbus.ErrNotFound) {
+			return nil, err
+		}
+	}
+	if err := s.Catalog.RemoveOffering(ctx, offering.Name); err != nil {
+		return nil, failure.Named(err)
 	}
 	s.notifier.Removed(dbus.Ref{Kind: dbus.KindOffering, ID: id})
-	return nil
+	return uuids, nil
+}
+
+// domainNames names some domains for people.
+func domainNames(all []catalog.Domain) string {
+	const most = 5
+	var names []string
+	for _, d := range all[:min(len(all), most)] {
+		names = append(names, fmt.Sprintf("%q", d.Name))
+	}
+	what := "domain " + strings.Join(names, ", ")
+	if len(all) > most {
+		what += fmt.Sprintf(" and %d more", len(all)-most)
+	}
+	return what
 }

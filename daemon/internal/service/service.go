@@ -53,12 +53,14 @@ type Deps struct {
 	// Schedules may be nil: then nobody asks for any.
 	Schedules *schedule.Keeper
 	// People may be nil: then they are looked up on this host.
-	People  People
-	Config  *config.Config
-	Reload  func(ctx context.Context) (*config.Config, error) // reads the configuration again and applies what can be
-	Host    string
-	Version string
-	Log     *slog.Logger
+	People People
+	Config *config.Config
+	Reload func(ctx context.Context) (*config.Config, error) // reads the configuration again and applies what can be
+	// OfferingFiles reads the files of offerings; it may be nil.
+	OfferingFiles func() ([]config.OfferingFile, error)
+	Host          string
+	Version       string
+	Log           *slog.Logger
 }
 
 // Service implements bus.Backend.
@@ -144,6 +146,9 @@ func (s *Service) Reload(ctx context.Context, caller bus.Caller) error {
 	s.mu.Lock()
 	s.config = c
 	s.mu.Unlock()
+	if err := s.LoadOfferings(ctx); err != nil {
+		return dbus.Errorf(dbus.ErrInvalidArgument, "the settings are in force, but not all offerings are what their files say: %v", err)
+	}
 	s.Log.Info("read the configuration again", "uid", caller.UID)
 	return nil
 }

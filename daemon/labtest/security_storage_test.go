@@ -33,10 +33,11 @@ func TestNothingChangesWhenAUserIsRefused(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	schedule := h.schedule("refused", "2190-01-01", dbus.CreateScheduleOptions{Domain: g.uuid})
 	before := h.everything(g)
 	user := bustest.DialAs(t, systemBus, labuser)
 	for _, ref := range []dbus.Ref{
-		{Kind: dbus.KindManager}, {Kind: dbus.KindRepository, ID: h.repository}, {Kind: dbus.KindOffering, ID: offering},
+		{Kind: dbus.KindManager}, {Kind: dbus.KindRepository, ID: h.repository}, {Kind: dbus.KindOffering, ID: offering}, {Kind: dbus.KindSchedule, ID: schedule},
 		{Kind: dbus.KindDomain, ID: g.uuid}, {Kind: dbus.KindChain, ID: b.Chain}, {Kind: dbus.KindBackup, ID: b.ID}, {Kind: dbus.KindJob, ID: job.ID},
 	} {
 		calls := bustest.Calls(t, user, ref.Path())
@@ -65,7 +66,7 @@ func (h *host) everything(g *guest) string {
 		h.t.Fatal(err)
 	}
 	var text strings.Builder
-	fmt.Fprintln(&text, o.Repositories, o.Offerings, len(o.Jobs))
+	fmt.Fprintln(&text, o.Repositories, o.Offerings, o.Schedules, len(o.Jobs))
 	for c, err := range h.Chains(h.t.Context(), dbus.ChainFilter{Domain: g.uuid}) {
 		fmt.Fprintln(&text, c, err)
 	}

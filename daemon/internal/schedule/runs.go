@@ -3,12 +3,14 @@ package schedule
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"time"
 
 	"github.com/oklog/ulid/v2"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/journal"
 )
 
 const (
@@ -225,18 +227,21 @@ func (k *Keeper) start(ctx context.Context, s catalog.Schedule, r catalog.Schedu
 
 // tell tells the journal, and those who listen, what became of a run.
 func (k *Keeper) tell(s catalog.Schedule, r catalog.ScheduleRun) {
-	log := k.log.With("schedule", s.Name, "run", r.ID, "state", string(r.State))
-	if r.Reason != "" {
-		log = log.With("reason", r.Reason)
-	}
+	about := []any{journal.Schedule, s.Name, "run", r.ID, "state", string(r.State)}
 	if len(r.Jobs) > 0 {
-		log = log.With("jobs", strings.Join(r.Jobs, " "))
+		about = append(about, "jobs", strings.Join(r.Jobs, " "))
 	}
-	switch r.State {
-	case catalog.RunRunning, catalog.RunSucceeded:
-		log.Info("schedule " + s.Name + ": the run of " + moment(r.Created) + " is " + string(r.State))
+	if r.Reason != "" {
+		about = append(about, journal.Error, r.Reason)
+	}
+	message := fmt.Sprintf("schedule %s: the run of %s is %s", s.Name, moment(r.Created), r.State)
+	switch {
+	case r.State == catalog.RunRunning, r.State == catalog.RunSucceeded:
+		k.log.Info(message, about...)
+	case len(r.Jobs) == 0 && r.State.Ended():
+		k.log.Warn(message, append(about, journal.MessageID, journal.ScheduleSkipped)...)
 	default:
-		log.Warn("schedule " + s.Name + ": the run of " + moment(r.Created) + " is " + string(r.State) + ": " + r.Reason)
+		k.log.Warn(message, about...)
 	}
 	k.backups.ScheduleChanged(s.ID)
 }

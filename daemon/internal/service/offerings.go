@@ -126,6 +126,9 @@ func (s *Service) RemoveOffering(ctx context.Context, caller bus.Caller, id stri
 	if len(assigned) > 0 && !o.Forced {
 		return nil, dbus.Errorf(dbus.ErrBusy, "offering %q is assigned to %s: unassign it first, or force it, and they have none", offering.Name, domainNames(assigned))
 	}
+	if err := s.unscheduled(ctx, offering.Name); err != nil && !o.Forced {
+		return nil, err
+	}
 	for _, uuid := range uuids {
 		if err := s.UnassignDomain(ctx, caller, uuid); err != nil && !errors.Is(err, dbus.ErrNotFound) {
 			return nil, err

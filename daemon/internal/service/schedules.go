@@ -122,6 +122,18 @@ func (s *Service) changeSchedule(ctx context.Context, caller bus.Caller, id stri
 	}))
 }
 
+// unscheduled says which schedule is for an offering, if there is one. By force,
+// the offering goes, and the schedule's runs tell that it is gone.
+func (s *Service) unscheduled(ctx context.Context, offering string) error {
+	all, err := s.Catalog.Schedules(ctx)
+	for _, c := range all {
+		if c.Offering == offering {
+			return dbus.Errorf(dbus.ErrBusy, "schedule %q is for offering %q: remove it first, or force it, and its runs are skipped", c.Name, offering)
+		}
+	}
+	return failure.Named(err)
+}
+
 // UpdateSchedule changes what is given.
 func (s *Service) UpdateSchedule(ctx context.Context, caller bus.Caller, id string, o dbus.UpdateScheduleOptions) error {
 	return s.changeSchedule(ctx, caller, id, func(to *catalog.Schedule) error { return s.applySchedule(ctx, to, o) })

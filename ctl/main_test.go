@@ -38,7 +38,7 @@ func TestUsageIsCheckedBeforeAnythingIsAsked(t *testing.T) {
 		"schedule create s --offering a", "schedule create s --offering a --domain b --calendar daily", "schedule create s --offering a --calendar daily --overlap odd",
 		"schedule create s --offering a --calendar daily --randomized-delay -1s", "schedule preview", "schedule preview s --calendar daily",
 		"backup d --offering a --repository b", "backup d --tracking none", "backup d --fallback cbt", "backup d --level -1", "list a b", "list --since yesterday", "list --kind odd",
-		"jobs --all --state running", "completion powershell", "status --json=long", "-H -oProxyCommand=x list", "list --bogus",
+		"jobs --all --state running", "completion powershell", "status --json=long", "usage --by size", "quota set", "quota set host h --bytes 1G", "quota set domain d", "quota set domain d --bytes lots", "quota remove domain", "-H -oProxyCommand=x list", "list --bogus",
 	} {
 		status, stdout, stderr := runWith(t, strings.Fields(line)...)
 		if status != exitUsage || stdout != "" || !strings.HasPrefix(stderr, "virtbackupctl: ") || strings.Count(stderr, "\n") != 1 {

@@ -42,13 +42,13 @@ func newRoot(a *app) *cobra.Command {
 	root.AddGroup(&cobra.Group{ID: "daily", Title: "Daily:"}, &cobra.Group{ID: "set-up", Title: "Set-up:"})
 	for _, cmd := range []*cobra.Command{
 		a.statusCommand(), a.backupCommand(), a.listCommand(), a.showCommand(), a.restoreCommand(), a.verifyCommand(),
-		a.deleteCommand(), a.finishChainCommand(), a.jobsCommand(), a.watchCommand(), a.cancelCommand(),
+		a.deleteCommand(), a.finishChainCommand(), a.jobsCommand(), a.watchCommand(), a.cancelCommand(), a.usageCommand(),
 	} {
 		cmd.GroupID = "daily"
 		root.AddCommand(cmd)
 	}
 	for _, cmd := range []*cobra.Command{
-		a.repositoryCommand(), a.offeringCommand(), a.scheduleCommand(), a.domainCommand(), a.configCommand(), a.completionCommand(),
+		a.repositoryCommand(), a.offeringCommand(), a.scheduleCommand(), a.domainCommand(), a.quotaCommand(), a.metricsCommand(), a.configCommand(), a.completionCommand(),
 	} {
 		cmd.GroupID = "set-up"
 		root.AddCommand(cmd)

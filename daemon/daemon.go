@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -27,6 +28,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
 	"github.com/virtbackup/virtbackup/daemon/internal/journal"
 	"github.com/virtbackup/virtbackup/daemon/internal/lifecycle"
+	"github.com/virtbackup/virtbackup/daemon/internal/metrics"
 	"github.com/virtbackup/virtbackup/daemon/internal/overlay"
 	"github.com/virtbackup/virtbackup/daemon/internal/quiesce"
 	"github.com/virtbackup/virtbackup/daemon/internal/removal"
@@ -76,6 +78,7 @@ type app struct {
 	engine     *job.Engine
 	schedules  *schedule.Keeper
 	service    *service.Service
+	ended      metrics.Counter
 }
 
 // run is the life of the daemon: open, take up what was left, serve, let go.
@@ -191,7 +194,7 @@ func (a *app) wire() {
 	}
 	a.schedules = schedule.New(a.catalog, a.timers, a.log)
 	a.service = service.New(service.Deps{
-		Catalog: a.catalog, Jobs: a.engine, Domains: a.hypervisor, Restore: restores, Lifecycle: a.lifecycle, Schedules: a.schedules, Config: c, Reload: a.reload,
+		Catalog: a.catalog, Jobs: a.engine, Domains: a.hypervisor, Restore: restores, Lifecycle: a.lifecycle, Schedules: a.schedules, Ended: &a.ended, Config: c, Reload: a.reload,
 		OfferingFiles: func() ([]config.OfferingFile, error) {
 			return config.LoadOfferings(filepath.Join(filepath.Dir(a.path), config.OfferingsDirectory))
 		},
@@ -221,7 +224,7 @@ func (a *app) serve(ctx context.Context) error {
 		return err
 	}
 	defer a.engine.Stop()
-	for _, f := range []func(context.Context){a.service.Run, a.lifecycle.Run, a.schedules.Run, a.reloadOnHangup} {
+	for _, f := range []func(context.Context){a.service.Run, a.lifecycle.Run, a.schedules.Run, a.reloadOnHangup, a.textfile().Run} {
 		background.Go(func() { f(ctx) })
 	}
 	if err := a.service.LoadOfferings(ctx); err != nil {
@@ -245,9 +248,19 @@ func (a *app) announce(ctx context.Context) {
 	told := &announce.Announcer{Catalog: a.catalog, Units: failedunit.Units{}, Log: a.log}
 	a.engine.Subscribe(func(st job.Status) {
 		if st.State.Ended() {
+			a.ended.Count(st.Kind, string(st.State), st.Finished.Sub(cmp.Or(st.Started, st.Finished)))
 			told.Ended(ctx, st)
 		}
 	})
+}
+
+// textfile has the metrics written to a file.
+func (a *app) textfile() metrics.Textfile {
+	settings := func() (string, time.Duration) {
+		m := a.settings.Load().Metrics
+		return m.Textfile, m.Interval
+	}
+	return metrics.Textfile{Settings: settings, Text: a.service.Metrics, Log: a.log}
 }
 
 // checkRepositories has each repository looked at, and cleared of what was left

@@ -78,6 +78,32 @@ func (c *Client) EffectiveConfiguration(ctx context.Context) ([]Setting, error) 
 	return list[Setting](ctx, c, Ref{Kind: KindManager}, "EffectiveConfiguration")
 }
 
+// Metrics returns what is known of backups in Prometheus' text format.
+func (c *Client) Metrics(ctx context.Context) (text string, err error) {
+	return text, c.manager(ctx, "Metrics", nil, &text)
+}
+
+// Usage returns what backups take, by one thing.
+func (c *Client) Usage(ctx context.Context, by UsageBy) ([]Usage, error) {
+	return list[Usage](ctx, c, Ref{Kind: KindManager}, "ListUsage", string(by))
+}
+
+// Quotas returns all quotas, and what is used of each.
+func (c *Client) Quotas(ctx context.Context) ([]Quota, error) {
+	return list[Quota](ctx, c, Ref{Kind: KindManager}, "ListQuotas")
+}
+
+// SetQuota bounds what there may be of a domain, an offering or a user, each by
+// name or id.
+func (c *Client) SetQuota(ctx context.Context, kind QuotaKind, name string, o QuotaOptions) error {
+	return c.manager(ctx, "SetQuota", []any{string(kind), name, EncodeOptions(o)})
+}
+
+// RemoveQuota takes such a bound away.
+func (c *Client) RemoveQuota(ctx context.Context, kind QuotaKind, name string) error {
+	return c.manager(ctx, "RemoveQuota", []any{string(kind), name, EncodeOptions(NoOptions{})})
+}
+
 // Reload makes the daemon read its configuration again.
 func (c *Client) Reload(ctx context.Context) error {
 	return c.manager(ctx, "Reload", []any{EncodeOptions(NoOptions{})})

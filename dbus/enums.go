@@ -43,6 +43,12 @@ type Protection string
 // ChainState is whether a chain goes on.
 type ChainState string
 
+// UsageBy is what usage is told by.
+type UsageBy string
+
+// QuotaKind is what a quota bounds.
+type QuotaKind string
+
 // JobState is how far a job is.
 type JobState string
 
@@ -117,6 +123,15 @@ const (
 	ChainFinished ChainState = "finished"
 	ChainBroken   ChainState = "broken"
 
+	UsageByDomain     UsageBy = "domain"
+	UsageByOffering   UsageBy = "offering"
+	UsageByUser       UsageBy = "user"
+	UsageByRepository UsageBy = "repository"
+
+	QuotaDomain   QuotaKind = "domain"
+	QuotaOffering QuotaKind = "offering"
+	QuotaUser     QuotaKind = "user"
+
 	JobQueued     JobState = "queued"
 	JobRunning    JobState = "running"
 	JobCancelling JobState = "cancelling"
@@ -182,6 +197,12 @@ func (Protection) Values() []string { return []string{"failing", "pending", "una
 
 // Values returns what a ChainState can be.
 func (ChainState) Values() []string { return []string{"open", "finished", "broken"} }
+
+// Values returns what a UsageBy can be.
+func (UsageBy) Values() []string { return []string{"domain", "offering", "user", "repository"} }
+
+// Values returns what a QuotaKind can be.
+func (QuotaKind) Values() []string { return []string{"domain", "offering", "user"} }
 
 // Values returns what a JobState can be.
 func (JobState) Values() []string {

@@ -137,6 +137,13 @@ type BackupOptions struct {
 	Settings
 }
 
+// QuotaOptions are those of Manager.SetQuota. What is nil stays; 0 is no bound.
+type QuotaOptions struct {
+	Bytes   *uint64 `dbus:"bytes"`
+	Backups *uint32 `dbus:"backups"`
+	Chains  *uint32 `dbus:"chains"`
+}
+
 // DeleteBackupOptions are those of Backup.Delete.
 type DeleteBackupOptions struct {
 	WithChildren bool `dbus:"with_children"`

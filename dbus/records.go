@@ -274,6 +274,30 @@ type Setting struct {
 	Source string `dbus:"source"`
 }
 
+// Usage is one of Manager.ListUsage.
+type Usage struct {
+	Of             string    `dbus:"of"`
+	Name           string    `dbus:"name"`
+	Backups        uint32    `dbus:"backups"`
+	Chains         uint32    `dbus:"chains"`
+	StoredBytes    uint64    `dbus:"stored_bytes"`
+	ProtectedBytes uint64    `dbus:"protected_bytes"`
+	Newest         time.Time `dbus:"newest"`
+}
+
+// Quota is one of Manager.ListQuotas.
+type Quota struct {
+	Kind        QuotaKind `dbus:"kind"`
+	Of          string    `dbus:"of"`
+	Name        string    `dbus:"name"`
+	Bytes       uint64    `dbus:"bytes"`
+	Backups     uint32    `dbus:"backups"`
+	Chains      uint32    `dbus:"chains"`
+	UsedBytes   uint64    `dbus:"used_bytes"`
+	UsedBackups uint32    `dbus:"used_backups"`
+	UsedChains  uint32    `dbus:"used_chains"`
+}
+
 // LogMessage is one of Job.Log.
 type LogMessage struct {
 	Time    time.Time `dbus:"time"`

@@ -72,7 +72,7 @@ func TestTableListsEveryMethodAndNoOther(t *testing.T) {
 }
 
 func TestOnlyReadingIsView(t *testing.T) {
-	reads := regexp.MustCompile(`\.(Get\w*|List\w+|EffectiveConfiguration|Preview\w*|PlanRestore|Log)$`)
+	reads := regexp.MustCompile(`\.(Get\w*|List\w+|EffectiveConfiguration|Metrics|Preview\w*|PlanRestore|Log)$`)
 	for method, action := range table() {
 		if (action == ActionView) != reads.MatchString(method) && action != ActionNone {
 			t.Errorf("%s needs %s", method, action)

@@ -24,6 +24,7 @@ const (
 	ActionManageSchedules    Action = "org.virtbackup1.manage-schedules"
 	ActionManageRepositories Action = "org.virtbackup1.manage-repositories"
 	ActionManageJobs         Action = "org.virtbackup1.manage-jobs"
+	ActionManageQuotas       Action = "org.virtbackup1.manage-quotas"
 	ActionManageDaemon       Action = "org.virtbackup1.manage-daemon"
 
 	// ActionNone is no action of polkit: anybody may, because the answer is
@@ -59,6 +60,11 @@ func table() map[string]Action {
 		"org.virtbackup1.Manager.ListBackups":            ActionView,
 		"org.virtbackup1.Manager.ListJobs":               ActionView,
 		"org.virtbackup1.Manager.EffectiveConfiguration": ActionView,
+		"org.virtbackup1.Manager.Metrics":                ActionView,
+		"org.virtbackup1.Manager.ListUsage":              ActionView,
+		"org.virtbackup1.Manager.ListQuotas":             ActionView,
+		"org.virtbackup1.Manager.SetQuota":               ActionManageQuotas,
+		"org.virtbackup1.Manager.RemoveQuota":            ActionManageQuotas,
 		"org.virtbackup1.Manager.Reload":                 ActionManageDaemon,
 		// A domain's start waits for the hook: polkitd must not hold it up.
 		"org.virtbackup1.Manager.NotifyHook": ActionRoot,

@@ -31,6 +31,7 @@ type Backend interface {
 	Domains
 	Backups
 	Jobs
+	Accounts
 	// EffectiveConfiguration returns every setting that is in force.
 	EffectiveConfiguration(ctx context.Context) ([]dbus.Setting, error)
 	// Reload reads the configuration again.
@@ -125,6 +126,16 @@ type Backups interface {
 	RestoreBackup(ctx context.Context, caller Caller, id, name string, o dbus.RestoreOptions) (job string, err error)
 	RestoreInPlace(ctx context.Context, caller Caller, id string, o dbus.RestoreInPlaceOptions) (job string, err error)
 	PlanRestore(ctx context.Context, id string, o dbus.PlanRestoreOptions) (dbus.RestorePlan, error)
+}
+
+// Accounts is what backups take, and how much they may.
+type Accounts interface {
+	// Metrics returns all of it, and more, in Prometheus' text format.
+	Metrics(ctx context.Context) (string, error)
+	ListUsage(ctx context.Context, by dbus.UsageBy) ([]dbus.Usage, error)
+	ListQuotas(ctx context.Context) ([]dbus.Quota, error)
+	SetQuota(ctx context.Context, caller Caller, kind dbus.QuotaKind, name string, o dbus.QuotaOptions) error
+	RemoveQuota(ctx context.Context, caller Caller, kind dbus.QuotaKind, name string) error
 }
 
 // Jobs is what is done with jobs.

@@ -306,3 +306,23 @@ func (m *memory) SetOverrides(_ context.Context, c Caller, uuid string, o dbus.O
 func (m *memory) DomainSettings(context.Context, string) ([]dbus.EffectiveSetting, error) {
 	return []dbus.EffectiveSetting{{Key: "keep_last", Value: "4", Source: "domain"}}, nil
 }
+
+func (m *memory) Metrics(context.Context) (string, error) {
+	return "virtbackup_libvirt_connected 1\n", nil
+}
+
+func (m *memory) ListUsage(_ context.Context, by dbus.UsageBy) ([]dbus.Usage, error) {
+	return []dbus.Usage{{Of: string(by), Backups: 3, StoredBytes: 1 << 40, Newest: time.UnixMicro(1_700_000_000_000_000)}}, nil
+}
+
+func (m *memory) ListQuotas(context.Context) ([]dbus.Quota, error) {
+	return []dbus.Quota{{Kind: dbus.QuotaUser, Of: "7", Bytes: 1 << 40, UsedChains: 2}}, nil
+}
+
+func (m *memory) SetQuota(_ context.Context, c Caller, kind dbus.QuotaKind, name string, o dbus.QuotaOptions) error {
+	return m.note(c, "quota of %s %s bytes=%v backups=%v", kind, name, *o.Bytes, o.Backups == nil)
+}
+
+func (m *memory) RemoveQuota(_ context.Context, c Caller, kind dbus.QuotaKind, name string) error {
+	return m.note(c, "no quota of %s %s", kind, name)
+}

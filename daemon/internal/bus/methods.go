@@ -70,6 +70,11 @@ func parsers() map[string]parser {
 		"org.virtbackup1.Manager.ListBackups":            listBackups,
 		"org.virtbackup1.Manager.ListJobs":               listJobs,
 		"org.virtbackup1.Manager.EffectiveConfiguration": effectiveConfiguration,
+		"org.virtbackup1.Manager.Metrics":                metrics,
+		"org.virtbackup1.Manager.ListUsage":              listUsage,
+		"org.virtbackup1.Manager.ListQuotas":             listQuotas,
+		"org.virtbackup1.Manager.SetQuota":               setQuota,
+		"org.virtbackup1.Manager.RemoveQuota":            removeQuota,
 		"org.virtbackup1.Manager.Reload":                 change("reload", reload),
 		"org.virtbackup1.Manager.NotifyHook":             notifyHook,
 

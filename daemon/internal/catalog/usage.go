@@ -54,24 +54,3 @@ func scanUsage(from row) (u Usage, err error) {
 	err = from.Scan(&u.Of, &u.Backups, &u.Chains, &u.StoredBytes, &u.ProtectedBytes, timestamp{&u.Newest})
 	return u, err
 }
-
-// LastBackups returns the newest job of each domain that made a backup or
-// failed to, by UUID, without spec and step.
-func (c *Catalog) LastBackups(ctx context.Context) (last map[string]Job, err error) {
-	last = map[string]Job{}
-	err = c.read(ctx, "tell the last backup of each domain", func(tx *sql.Tx) error {
-		all, err := collect(ctx, tx, scanLast, `SELECT domain, max(id), state, error_name, error_message, started, finished
-			FROM jobs WHERE kind = 'backup' AND state IN ('succeeded', 'failed') GROUP BY domain`)
-		for _, j := range all {
-			last[j.Domain] = j
-		}
-		return err
-	})
-	return last, err
-}
-
-func scanLast(from row) (j Job, err error) {
-	err = from.Scan(&j.Domain, &j.ID, &j.State, &j.ErrorName, &j.ErrorMessage, timestamp{&j.Started}, timestamp{&j.Finished})
-	j.Kind = "backup"
-	return j, err
-}

@@ -118,32 +118,6 @@ func TestQuotasForbidBackups(t *testing.T) {
 	}
 }
 
-func TestLastBackups(t *testing.T) {
-	c := openNew(t)
-	end := func(id, kind, domain string, state JobState) {
-		t.Helper()
-		must(t, c.CreateJob(t.Context(), Job{ID: id, Kind: kind, Domain: domain, Created: epoch}))
-		if state.Ended() {
-			must(t, c.EndJob(t.Context(), id, JobEnd{State: state, ErrorMessage: "of " + id, Finished: epoch}))
-		}
-	}
-	end("j1", "backup", "d1", JobSucceeded)
-	end("j2", "backup", "d1", JobFailed)
-	end("j3", "backup", "d1", JobCancelled)
-	end("j4", "verify", "d1", JobSucceeded)
-	end("j5", "backup", "d1", JobQueued)
-	end("j6", "backup", "d2", JobSucceeded)
-	got, err := c.LastBackups(t.Context())
-	must(t, err)
-	want := map[string]Job{
-		"d1": {ID: "j2", Kind: "backup", Domain: "d1", State: JobFailed, ErrorMessage: "of j2", Finished: epoch},
-		"d2": {ID: "j6", Kind: "backup", Domain: "d2", State: JobSucceeded, ErrorMessage: "of j6", Finished: epoch},
-	}
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Error(diff)
-	}
-}
-
 // fill makes a large catalog: so many backups of so many domains, with manifests.
 func fill(t testing.TB, c *Catalog, domains, each int) {
 	t.Helper()

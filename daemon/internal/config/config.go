@@ -30,6 +30,7 @@ type Config struct {
 	Limits  Limits
 	Backup  Backup
 	Restore Restore
+	Metrics Metrics
 
 	sources map[string]string // of the settings in the file: "file:line"
 }
@@ -72,6 +73,12 @@ type Restore struct {
 	Destinations []string // directories below which a restore may write
 }
 
+// Metrics is the section [metrics].
+type Metrics struct {
+	Textfile string // path of the file that metrics are written to; "" for none
+	Interval time.Duration
+}
+
 // Setting is one setting as it is in effect.
 type Setting struct {
 	Key    string // "section.name"
@@ -92,6 +99,7 @@ func Default() *Config {
 		},
 		Backup:  Backup{ScratchDirectory: "/var/lib/virtbackup/scratch"},
 		Restore: Restore{Destinations: []string{"/var/lib/libvirt/images"}},
+		Metrics: Metrics{Interval: time.Minute},
 	}
 }
 

@@ -47,6 +47,9 @@ func (c *Config) settings() []setting {
 		directory("backup.scratch_directory", &b.ScratchDirectory, "Where QEMU puts the old contents of blocks that a guest overwrites during a backup. Has to be on a local disk."),
 
 		{"restore.destinations", &r.Destinations, func() error { return checkDirectories(r.Destinations) }, "a list of absolute paths without \"..\", none of them \"/\"", "Directories below which a restore may write disks."},
+
+		{"metrics.textfile", &c.Metrics.Textfile, func() error { return checkTextfile(c.Metrics.Textfile) }, "an absolute path that ends in .prom, or \"\" for none", "Where the metrics of \"virtbackupctl metrics\" are written from time to time, for the textfile collector of Prometheus' node_exporter. The daemon cannot write below /usr and /etc."},
+		duration("metrics.interval", &c.Metrics.Interval, time.Second, 24*time.Hour, "How often they are."),
 	}
 }
 
@@ -93,6 +96,16 @@ func checkDirectories(paths []string) error {
 		}
 	}
 	return nil
+}
+
+func checkTextfile(path string) error {
+	if path == "" {
+		return nil
+	}
+	if filepath.Ext(path) != ".prom" {
+		return fmt.Errorf("%q does not end in .prom", path)
+	}
+	return checkDirectories([]string{path})
 }
 
 func isControl(r rune) bool { return r < ' ' || r == 0x7f }

@@ -92,6 +92,9 @@ func (s *Service) BackupDomain(ctx context.Context, caller bus.Caller, uuid stri
 	if err := s.Catalog.SeenDomain(ctx, d.UUID, d.Name); err != nil {
 		return "", failure.Named(err)
 	}
+	if err := s.withinQuota(ctx, caller, d.Name, r); err != nil {
+		return "", err
+	}
 	return s.start(ctx, backup.NewJob(r, caller.UID))
 }
 

@@ -17,6 +17,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
 	"github.com/virtbackup/virtbackup/daemon/internal/lifecycle"
+	"github.com/virtbackup/virtbackup/daemon/internal/metrics"
 	"github.com/virtbackup/virtbackup/daemon/internal/restore"
 	"github.com/virtbackup/virtbackup/daemon/internal/schedule"
 	"github.com/virtbackup/virtbackup/dbus"
@@ -54,6 +55,8 @@ type Deps struct {
 	Schedules *schedule.Keeper
 	// People may be nil: then they are looked up on this host.
 	People People
+	// Ended counts the jobs that have ended; nil: nobody does.
+	Ended  *metrics.Counter
 	Config *config.Config
 	Reload func(ctx context.Context) (*config.Config, error) // reads the configuration again and applies what can be
 	// OfferingFiles reads the files of offerings; it may be nil.

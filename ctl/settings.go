@@ -26,7 +26,7 @@ func addSettings(cmd *cobra.Command, s *dbus.Settings) {
 	addChoice(cmd, &s.Fallback, "fallback", "what of a disk whose changes are not known: compare, or store all of it")
 	addWords(cmd, &s.IncludeDisks, "include-disks", "back up these disks only, as vda,vdb; \"\" for all")
 	addWords(cmd, &s.ExcludeDisks, "exclude-disks", "leave these disks out; \"\" for none")
-	addTruth(cmd, &s.VolatileDisks, "volatile-disks", "back up transient disks too")
+	addTruth(cmd, &s.VolatileDisks, "volatile-disks", "back up transient disks too, while the domain is off")
 }
 
 // addOverrides adds the flags of all that a domain can have of its own.

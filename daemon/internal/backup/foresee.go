@@ -22,7 +22,7 @@ func Foresee(r Request, d hypervisor.Domain, last *catalog.Head, marks []catalog
 	f := facts{request: r, backup: ulid.Make().String(), domain: d, repository: catalog.Repository{ID: r.Repository}, last: last, boot: boot, marks: marks}
 	var disks []hypervisor.Disk
 	for _, k := range d.Disks {
-		if Skip(k, r.Settings) == "" {
+		if Skip(k, r.Settings, d.Active) == "" {
 			disks = append(disks, k)
 		}
 	}

@@ -23,7 +23,7 @@ func container(k hypervisor.Disk) hypervisor.Disk {
 // is none, or is left out.
 func containerFormat(d hypervisor.Domain, target string) string {
 	k, any := d.Disk(target)
-	if !any || !k.Encrypted || Skip(k, catalog.Settings{Volatile: true}) != "" {
+	if !any || !k.Encrypted || Skip(k, catalog.Settings{Volatile: true}, d.Active) != "" {
 		return ""
 	}
 	return k.Format

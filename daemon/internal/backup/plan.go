@@ -252,9 +252,13 @@ func checkState(d hypervisor.Domain) error {
 	return nil
 }
 
-// Skip says why backups with these settings leave a disk out; "" for one that is
-// backed up.
-func Skip(k hypervisor.Disk, s catalog.Settings) string {
+// skipRunning is why a disk is left out that was asked for: libvirt allows no
+// block jobs on transient disks, and a backup is one.
+const skipRunning = "it is transient, and libvirt backs it up only while the domain is off"
+
+// Skip says why backups with these settings leave a disk of a domain out, which
+// runs or not; "" for one that is backed up.
+func Skip(k hypervisor.Disk, s catalog.Settings, active bool) string {
 	switch {
 	case k.Device == "cdrom" || k.Device == "floppy":
 		return "it is a " + k.Device
@@ -272,6 +276,8 @@ func Skip(k hypervisor.Disk, s catalog.Settings) string {
 		return "it is excluded"
 	case len(s.Include) > 0 && !slices.Contains(s.Include, k.Target):
 		return "it is not among those that are included"
+	case k.Transient && active:
+		return skipRunning
 	}
 	return ""
 }
@@ -280,7 +286,7 @@ func Skip(k hypervisor.Disk, s catalog.Settings) string {
 // the definition, and those to leave out.
 func selectDisks(d hypervisor.Domain, s catalog.Settings) (disks []hypervisor.Disk, skipped []Skipped, err error) {
 	for _, k := range d.Disks {
-		if why := Skip(k, s); why != "" {
+		if why := Skip(k, s, d.Active); why != "" {
 			skipped = append(skipped, Skipped{k.Target, why})
 			continue
 		}

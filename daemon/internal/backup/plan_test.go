@@ -333,3 +333,33 @@ func TestSpecFiles(t *testing.T) {
 		t.Errorf("files are %+v", files)
 	}
 }
+
+// TestSkip has settings say which disks a backup has.
+func TestSkip(t *testing.T) {
+	of := func(target string, transient bool) hypervisor.Disk {
+		return hypervisor.Disk{Target: target, Device: "disk", SourceType: "file", Transient: transient}
+	}
+	type settings = catalog.Settings
+	for what, c := range map[string]struct {
+		settings settings
+		disk     hypervisor.Disk
+		active   bool
+		want     string
+	}{
+		"nothing said":           {settings{}, of("vda", false), true, ""},
+		"excluded":               {settings{Exclude: []string{"vdb", "vda"}}, of("vda", false), true, "it is excluded"},
+		"another excluded":       {settings{Exclude: []string{"vdb"}}, of("vda", false), true, ""},
+		"included":               {settings{Include: []string{"vda"}}, of("vda", false), false, ""},
+		"not included":           {settings{Include: []string{"vdb"}}, of("vda", false), false, "it is not among those that are included"},
+		"both":                   {settings{Include: []string{"vda"}, Exclude: []string{"vda"}}, of("vda", false), false, "it is excluded"},
+		"transient":              {settings{}, of("vda", true), false, "it is transient"},
+		"volatile":               {settings{Volatile: true}, of("vda", true), false, ""},
+		"volatile, running":      {settings{Volatile: true}, of("vda", true), true, skipRunning},
+		"volatile, but excluded": {settings{Volatile: true, Exclude: []string{"vda"}}, of("vda", true), true, "it is excluded"},
+		"included, but no disk":  {settings{Include: []string{"sda"}}, hypervisor.Disk{Target: "sda", Device: "cdrom"}, false, "it is a cdrom"},
+	} {
+		if got := Skip(c.disk, c.settings, c.active); got != c.want {
+			t.Errorf("%s: %q instead of %q", what, got, c.want)
+		}
+	}
+}

@@ -152,7 +152,7 @@ func (r *run) bitmaps(ctx context.Context, d hypervisor.Domain, c catalog.Checkp
 func (f *facts) readHeaders() {
 	f.oldQcow2 = map[string]bool{}
 	for _, k := range f.domain.Disks {
-		if k.Format != "qcow2" || k.Source == "" || Skip(k, f.request.Settings) != "" {
+		if k.Format != "qcow2" || k.Source == "" || Skip(k, f.request.Settings, f.domain.Active) != "" {
 			continue
 		}
 		version, snapshots, err := qcow2Header(k.Source)
@@ -207,7 +207,11 @@ func (r *run) tell(ctx context.Context, f facts) {
 		}
 	}
 	for _, s := range p.Skipped {
-		r.job.Log(ctx, slog.LevelInfo, fmt.Sprintf("disk %s is left out: %s", s.Target, s.Why))
+		level := slog.LevelInfo
+		if s.Why == skipRunning {
+			level = slog.LevelWarn
+		}
+		r.job.Log(ctx, level, fmt.Sprintf("disk %s is left out: %s", s.Target, s.Why))
 	}
 	if d.TPM.Version != "" && d.TPM.State == "" && d.Active {
 		r.job.Log(ctx, slog.LevelWarn, "the state of the domain's TPM is not part of the backup: only what swtpm keeps in a directory can be")

@@ -254,7 +254,7 @@ func (r stopped) remove() error { return r.Exporter.Remove(r.id()) }
 // followBacking fills in what is below the images of a stopped domain.
 func followBacking(ctx context.Context, d hypervisor.Domain, s catalog.Settings) error {
 	for i, k := range d.Disks {
-		if Skip(k, s) != "" {
+		if Skip(k, s, d.Active) != "" {
 			continue
 		}
 		layers, err := hypervisor.Layers(ctx, k)

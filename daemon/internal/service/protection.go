@@ -120,7 +120,7 @@ func (v view) disks(uuid string) (all []dbus.DomainDisk, err error) {
 		return nil, err
 	}
 	for _, disk := range v.live[uuid].Disks {
-		left := backup.Skip(disk, e.Settings)
+		left := backup.Skip(disk, e.Settings, v.live[uuid].Active)
 		all = append(all, dbus.DomainDisk{
 			Target: disk.Target, Source: disk.Source, Format: disk.Format, Size: disk.Capacity, Included: left == "", Cause: left,
 		})

@@ -134,7 +134,7 @@ func TestInventory(t *testing.T) {
 		QuiescePolicy: "require", Tracking: chain.CBT, Fallback: chain.FallbackDigest,
 		CompressionTime: "deferred", Include: []string{"vda"}, Exclude: []string{"vdb", "vdc"}, Volatile: true}, Created: epoch,
 		Description: "for the shop", Origin: "/etc/virtbackup/offerings.d/daily.toml", Disabled: true,
-		Retention:  Retention{Last: 1, Hourly: 2, Daily: 3, Weekly: 4, Monthly: 5, Yearly: 6},
+		Retention:  chain.Retention{Last: 1, Hourly: 2, Daily: 3, Weekly: 4, Monthly: 5, Yearly: 6},
 		Rights:     Rights{Users: []string{"ann", "@ops"}, Backups: true, Schedules: false, QuickRestore: true, FileExtraction: false},
 		Validation: Validation{Validate: true, Steps: []string{"screenshot"}}}
 	must(t, c.UpdateOffering(ctx, changed))
@@ -185,6 +185,7 @@ func TestBackupIsStoredWhole(t *testing.T) {
 	got, err = c.Backup(ctx, "b1")
 	must(t, err)
 	want.State, want.Consistency, want.Finished, want.Manifest = chain.Complete, "filesystem", epoch.Add(time.Minute), json.RawMessage(`{"format":1}`)
+	want.Sequence = 1
 	want.Size, want.StoredBytes, want.DataBytes, want.Images = 10, 4, 6, done(b).Images
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)

@@ -31,7 +31,7 @@ type Head struct {
 }
 
 const chainColumns = `id, domain, repository, offering, isolated, state, cause, created,
-	(SELECT count(*) FROM backups WHERE chain = chains.id AND state <> 'running')`
+	(SELECT count(*) FROM backups WHERE chain = chains.id AND state NOT IN ('running', 'deleting'))`
 
 func scanChain(from row) (c Chain, err error) {
 	err = from.Scan(&c.ID, &c.Domain, &c.Repository, &c.Offering, &c.Isolated, &c.State, &c.Cause, timestamp{&c.Created}, &c.Length)
@@ -81,7 +81,8 @@ func chainTip(ctx context.Context, tx *sql.Tx, id string) (*Backup, error) {
 	// Not the highest id: the clock may have been set back.
 	var tip string
 	err := tx.QueryRowContext(ctx, `SELECT id FROM backups AS b WHERE chain = ? AND state <> 'running' AND NOT EXISTS
-		(SELECT 1 FROM backups WHERE parent = b.id AND state <> 'running')`, id).Scan(&tip)
+		(SELECT 1 FROM backups WHERE parent = b.id AND state <> 'running')
+		ORDER BY state = 'deleting' LIMIT 1`, id).Scan(&tip) // what was merged into another one is no tip
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, nil
 	}

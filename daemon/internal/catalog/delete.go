@@ -20,6 +20,9 @@ func (c *Catalog) BeginDelete(ctx context.Context, ids []string, step Step) erro
 			if err != nil {
 				return fmt.Errorf("backup %s: %w", id, err)
 			}
+			if b.Hold != "" {
+				return fmt.Errorf("backup %s is held (%s): %w", id, b.Hold, ErrInUse)
+			}
 			if b.State == chain.Running {
 				return fmt.Errorf("backup %s is %s: %w", id, b.State, ErrState)
 			}

@@ -35,6 +35,8 @@ func TestInvariants(t *testing.T) {
 			"damage": m.damage,
 			"begin":  m.beginDelete,
 			"delete": m.delete,
+			"merge":  m.merge,
+			"hold":   m.hold,
 			"":       func(rt *rapid.T) { checkInvariants(rt, c) },
 		})
 	})
@@ -113,6 +115,52 @@ func (m *machine) end(t *rapid.T) {
 	}
 }
 
+// merge merges some backups below another one, as a plan has it or not.
+func (m *machine) merge(t *rapid.T) {
+	b, ok := m.pick(t, chain.Complete)
+	if !ok {
+		return
+	}
+	merged := Merged{Merge: chain.Merge{Into: b.ID}, Manifest: []byte("{}")}
+	at := b.Parent
+	for range rapid.IntRange(1, 3).Draw(t, "how many") {
+		if rapid.IntRange(0, 9).Draw(t, "wrong") == 0 {
+			if any, ok := m.pick(t); ok {
+				at = any.ID
+			}
+		}
+		if at == "" {
+			break
+		}
+		below, err := m.catalog.Backup(m.ctx, at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		merged.Drop, at = append(merged.Drop, at), below.Parent
+	}
+	merged.Base = at
+	kind := chain.Incremental
+	if at == "" {
+		kind = chain.Full
+	}
+	whole, err := m.catalog.Backup(m.ctx, b.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, i := range whole.Images {
+		merged.Images = append(merged.Images, MergedImage{Target: i.Target, Kind: kind, StoredBytes: 5, DataBytes: 4})
+	}
+	if len(merged.Drop) > 0 {
+		refusable(t, m.catalog.MergeBackups(m.ctx, merged, Step{Job: "j", Name: "merge"}))
+	}
+}
+
+func (m *machine) hold(t *rapid.T) {
+	if b, ok := m.pick(t); ok {
+		refusable(t, m.catalog.HoldBackup(m.ctx, b.ID, rapid.SampledFrom([]string{"", "", "wanted"}).Draw(t, "reason")))
+	}
+}
+
 func (m *machine) beginDelete(t *rapid.T) {
 	var ids []string
 	for range rapid.IntRange(1, 3).Draw(t, "how many") {
@@ -143,15 +191,19 @@ func checkInvariants(t interface {
 			(SELECT 1 FROM backups WHERE parent = p.backup AND state <> 'running')`,
 		"current checkpoint of a backup that is not complete": `SELECT p.name FROM checkpoints AS p LEFT JOIN backups AS b ON b.id = p.backup WHERE p.state = 'current' AND b.state IS NOT 'complete'`,
 		"pending checkpoint of a backup that does not run":    `SELECT p.name FROM checkpoints AS p LEFT JOIN backups AS b ON b.id = p.backup WHERE p.state = 'pending' AND b.state IS NOT 'running'`,
-		"chain without a full backup":                         `SELECT c.id FROM chains AS c LEFT JOIN backups AS b ON b.id = c.id WHERE b.kind IS NOT 'full' OR b.chain IS NOT c.id`,
+		"chain without a full backup":                         `SELECT id FROM chains AS c WHERE NOT EXISTS (SELECT 1 FROM backups WHERE chain = c.id AND kind = 'full')`,
 		"backup whose parent is not in its chain": `SELECT b.id FROM backups AS b LEFT JOIN backups AS p ON p.id = b.parent
 			WHERE b.parent IS NOT NULL AND (p.chain IS NOT b.chain OR p.domain <> b.domain OR p.repository <> b.repository)`,
-		"complete backup on one that is not":             `SELECT b.id FROM backups AS b JOIN backups AS p ON p.id = b.parent WHERE b.state = 'complete' AND p.state <> 'complete'`,
-		"chain with branches":                            `SELECT parent FROM backups WHERE parent IS NOT NULL GROUP BY parent HAVING count(*) > 1`,
-		"open chain whose newest backup is not complete": `SELECT c.id FROM chains AS c JOIN backups AS b ON b.chain = c.id WHERE c.state = 'open' AND b.state IN ('damaged', 'deleting')`,
-		"committed backup without a chain":               `SELECT id FROM backups WHERE chain IS NULL AND state IN ('complete', 'damaged')`,
-		"backup without images":                          `SELECT id FROM backups WHERE id NOT IN (SELECT backup FROM images)`,
-		"dangling reference":                             `SELECT "table" FROM pragma_foreign_key_check`,
+		"complete backup on one that is not": `SELECT b.id FROM backups AS b JOIN backups AS p ON p.id = b.parent WHERE b.state = 'complete' AND p.state <> 'complete'`,
+		"chain with branches":                `SELECT parent FROM backups WHERE parent IS NOT NULL GROUP BY parent HAVING count(*) > 1`,
+		"open chain whose newest backup is not complete": `SELECT id FROM chains AS c WHERE state = 'open' AND (EXISTS (SELECT 1 FROM backups WHERE chain = c.id AND state = 'damaged')
+			OR NOT EXISTS (SELECT 1 FROM backups AS b WHERE chain = c.id AND state = 'complete' AND NOT EXISTS (SELECT 1 FROM backups WHERE parent = b.id AND state <> 'running')))`,
+		"complete backups of a chain that do not follow one another": `SELECT chain FROM backups AS b WHERE state IN ('complete', 'damaged') AND NOT EXISTS
+			(SELECT 1 FROM backups WHERE parent = b.id AND state <> 'running') GROUP BY chain HAVING count(*) > 1`,
+		"held backup that is being deleted": `SELECT id FROM backups WHERE hold <> '' AND state = 'deleting'`,
+		"committed backup without a chain":  `SELECT id FROM backups WHERE chain IS NULL AND state IN ('complete', 'damaged')`,
+		"backup without images":             `SELECT id FROM backups WHERE id NOT IN (SELECT backup FROM images)`,
+		"dangling reference":                `SELECT "table" FROM pragma_foreign_key_check`,
 	} {
 		err := c.read(context.Background(), "check", func(tx *sql.Tx) error {
 			found, err := collect(context.Background(), tx, scanString, query)

@@ -31,15 +31,6 @@ type Settings struct {
 	Volatile      bool     // transient disks are backed up too; the same
 }
 
-// Retention says which backups of a domain stay in a repository: the newest so
-// many, and the newest of so many hours, days, weeks, months and years that have one.
-type Retention struct {
-	Last, Hourly, Daily, Weekly, Monthly, Yearly int
-}
-
-// KeepsAll tells whether nothing is ever removed.
-func (r Retention) KeepsAll() bool { return r == Retention{} }
-
 // Rights are what those who are not root may do with an offering.
 type Rights struct {
 	Users          []string // who may use it: names of users, and of groups with an @ before; empty: everybody
@@ -64,7 +55,7 @@ type Offering struct {
 	Origin      string // the file that it is read from; "" if it was made by a call
 	Disabled    bool   // it makes no backups
 	Settings
-	Retention
+	chain.Retention
 	Rights
 	Validation
 	Created time.Time

@@ -99,4 +99,6 @@ const (
 	// OverlayUnsupported: the domain is transient, has snapshots that libvirt
 	// knows, or a disk that is no file, so that no overlay is put on its disks.
 	OverlayUnsupported Cause = "overlay-unsupported"
+
+	Merged Cause = "merged" // what it built on was merged into it
 )

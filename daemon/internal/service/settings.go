@@ -20,7 +20,7 @@ import (
 // domain has in place of them, and what a call says.
 type effective struct {
 	catalog.Settings
-	catalog.Retention
+	chain.Retention
 	catalog.Rights // but Users, which are the offering's alone
 	catalog.Validation
 }
@@ -162,10 +162,10 @@ func (s *Service) assigned(ctx context.Context, uuid string) (catalog.Domain, *c
 }
 
 // EffectiveRetention returns which backups of a domain stay.
-func (s *Service) EffectiveRetention(ctx context.Context, uuid string) (catalog.Retention, error) {
+func (s *Service) EffectiveRetention(ctx context.Context, uuid string) (chain.Retention, error) {
 	d, o, err := s.assigned(ctx, uuid)
 	if err != nil {
-		return catalog.Retention{}, err
+		return chain.Retention{}, err
 	}
 	e, err := effectiveOf(o, d)
 	return e.Retention, err

@@ -6,6 +6,7 @@ import (
 
 	"github.com/virtbackup/virtbackup/daemon/internal/bus"
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/dbus"
 )
 
@@ -100,7 +101,7 @@ func TestDomainsOwnSettingsGoBeforeItsOfferings(t *testing.T) {
 			t.Errorf("%s: %s, and not %s", key, got, want)
 		}
 	}
-	if r, err := s.EffectiveRetention(t.Context(), uuid); err != nil || r != (catalog.Retention{Last: 4}) {
+	if r, err := s.EffectiveRetention(t.Context(), uuid); err != nil || r != (chain.Retention{Last: 4}) {
 		t.Errorf("kept are %+v, %v", r, err)
 	}
 	if err := set(dbus.Overrides{}, "mode", "keep_last"); err != nil {

@@ -95,6 +95,11 @@ CREATE INDEX backups_usage ON backups (domain, repository, state, id, offering, 
 
 -- == retention
 
+ALTER TABLE backups ADD COLUMN hold TEXT NOT NULL DEFAULT ''; -- why it must stay, by somebody's word; '' if it may go
+ALTER TABLE backups ADD COLUMN sequence INTEGER NOT NULL DEFAULT 0; -- the order in which backups were committed; 0 until then
+UPDATE backups SET sequence = rowid WHERE state NOT IN ('running', 'failed');
+CREATE INDEX backups_place ON backups (domain, repository, sequence);
+
 
 -- == scale
 

@@ -1,0 +1,112 @@
+package catalog
+
+import (
+	"context"
+	"database/sql"
+	"encoding/json"
+	"fmt"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+)
+
+// HoldBackup has a backup stay, for a reason, until it is released with none.
+func (c *Catalog) HoldBackup(ctx context.Context, id, reason string) error {
+	return c.write(ctx, "hold backup "+id, func(tx *sql.Tx) error {
+		b, err := oneBackup(ctx, tx, id)
+		if err != nil {
+			return err
+		}
+		if reason != "" && b.State != chain.Complete && b.State != chain.Damaged {
+			return fmt.Errorf("backup is %s: %w", b.State, ErrState)
+		}
+		return exactlyOne(tx.ExecContext(ctx, "UPDATE backups SET hold = ? WHERE id = ?", reason, id))
+	})
+}
+
+// PlaceBackups returns all backups of a domain in a repository that did not
+// fail, in the order in which they were committed, without images and manifests.
+func (c *Catalog) PlaceBackups(ctx context.Context, domain, repository string) (list []Backup, err error) {
+	err = c.read(ctx, "read backups of domain "+domain, func(tx *sql.Tx) (err error) {
+		list, err = collect(ctx, tx, scanBackup, "SELECT "+backupColumns+` FROM backups
+			WHERE domain = ? AND repository = ? AND state <> 'failed' ORDER BY sequence, id`, domain, repository)
+		return err
+	})
+	return list, err
+}
+
+// Places returns the repositories that have backups of a domain.
+func (c *Catalog) Places(ctx context.Context, domain string) (repositories []string, err error) {
+	err = c.read(ctx, "find backups of domain "+domain, func(tx *sql.Tx) (err error) {
+		repositories, err = collect(ctx, tx, scanString, `SELECT DISTINCT repository FROM backups
+			WHERE domain = ? AND state NOT IN ('running', 'failed') ORDER BY repository`, domain)
+		return err
+	})
+	return repositories, err
+}
+
+// Merged is what is known of a merge once it is in the repository.
+type Merged struct {
+	chain.Merge
+	Manifest json.RawMessage // of Into
+	Images   []MergedImage   // all of Into's
+}
+
+// MergedImage is what of an image a merge may change.
+type MergedImage struct {
+	Target                 string
+	Kind                   chain.Kind
+	Changes                chain.Tracking
+	StoredBytes, DataBytes uint64
+}
+
+// MergeBackups records that a backup has taken over what those below it held:
+// it builds on their base, and they are being deleted, together with the job's
+// step. ErrState: that is not how they build on each other, or one is not
+// complete; ErrInUse: one that goes is held.
+func (c *Catalog) MergeBackups(ctx context.Context, m Merged, step Step) error {
+	return c.write(ctx, "merge backups into "+m.Into, func(tx *sql.Tx) error {
+		into, err := oneBackup(ctx, tx, m.Into)
+		if err != nil {
+			return err
+		}
+		at := into.Parent
+		for _, id := range m.Drop {
+			b, err := oneBackup(ctx, tx, id)
+			switch {
+			case err != nil:
+				return err
+			case id != at || b.State != chain.Complete || into.State != chain.Complete:
+				return fmt.Errorf("backup %s, which is %s, does not build on %s, which is %s: %w", m.Into, into.State, id, b.State, ErrState)
+			case b.Hold != "":
+				return fmt.Errorf("backup %s is held (%s): %w", id, b.Hold, ErrInUse)
+			}
+			at = b.Parent
+			if _, err := tx.ExecContext(ctx, "UPDATE backups SET state = 'deleting' WHERE id = ?", id); err != nil {
+				return err
+			}
+		}
+		if at != m.Base {
+			return fmt.Errorf("the backups stand on %q and not on %q: %w", at, m.Base, ErrState)
+		}
+		if err := updateMerged(ctx, tx, m); err != nil {
+			return err
+		}
+		return recordStep(ctx, tx, step)
+	})
+}
+
+func updateMerged(ctx context.Context, tx *sql.Tx, m Merged) error {
+	for _, i := range m.Images {
+		err := exactlyOne(tx.ExecContext(ctx, `UPDATE images SET kind = ?1, changes = ?2, stored_bytes = ?3, data_bytes = ?4,
+			cause = iif(kind = 'incremental' AND ?1 = 'full', 'merged', cause) WHERE backup = ?5 AND target = ?6`,
+			i.Kind, i.Changes, i.StoredBytes, i.DataBytes, m.Into, i.Target))
+		if err != nil {
+			return fmt.Errorf("image %s: %w", i.Target, err)
+		}
+	}
+	_, err := tx.ExecContext(ctx, `UPDATE backups SET parent = nullif(?1, ''), manifest = ?2,
+		kind = iif(?1 = '', 'full', kind), cause = iif(?1 = '', 'merged', cause),
+		stored_bytes = (SELECT sum(stored_bytes) FROM images WHERE backup = ?3), data_bytes = (SELECT sum(data_bytes) FROM images WHERE backup = ?3)
+		WHERE id = ?3`, m.Base, string(m.Manifest), m.Into)
+	return err
+}

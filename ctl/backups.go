@@ -224,6 +224,7 @@ func backupPage(p *page, b dbus.BackupProperties) {
 		"Read", size(b.ReadBytes),
 		"Stored", size(b.StoredBytes),
 		"Verified", verified,
+		"Held", b.Hold,
 		"Made by", fmt.Sprintf("virtbackup %s on %s", b.Version, b.Host),
 	)
 	var rows [][]string

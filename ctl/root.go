@@ -42,7 +42,8 @@ func newRoot(a *app) *cobra.Command {
 	root.AddGroup(&cobra.Group{ID: "daily", Title: "Daily:"}, &cobra.Group{ID: "set-up", Title: "Set-up:"})
 	for _, cmd := range []*cobra.Command{
 		a.statusCommand(), a.backupCommand(), a.listCommand(), a.showCommand(), a.restoreCommand(), a.verifyCommand(),
-		a.deleteCommand(), a.finishChainCommand(), a.jobsCommand(), a.watchCommand(), a.cancelCommand(), a.usageCommand(),
+		a.deleteCommand(), a.pruneCommand(), a.holdCommand(), a.releaseCommand(), a.finishChainCommand(), a.jobsCommand(), a.watchCommand(), a.cancelCommand(),
+		a.usageCommand(),
 	} {
 		cmd.GroupID = "daily"
 		root.AddCommand(cmd)

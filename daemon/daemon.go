@@ -21,6 +21,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/backup"
 	"github.com/virtbackup/virtbackup/daemon/internal/bus"
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/daemon/internal/config"
 	"github.com/virtbackup/virtbackup/daemon/internal/errand"
 	"github.com/virtbackup/virtbackup/daemon/internal/export"
@@ -33,6 +34,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/quiesce"
 	"github.com/virtbackup/virtbackup/daemon/internal/removal"
 	"github.com/virtbackup/virtbackup/daemon/internal/restore"
+	"github.com/virtbackup/virtbackup/daemon/internal/retention"
 	"github.com/virtbackup/virtbackup/daemon/internal/schedule"
 	"github.com/virtbackup/virtbackup/daemon/internal/service"
 	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
@@ -181,6 +183,10 @@ func (a *app) wire() {
 		string(dbus.OperationVerify):         verification.Verify{Catalog: a.catalog, Errand: errands},
 		string(dbus.OperationCheck):          verification.Check{Catalog: a.catalog, Errand: errands},
 		string(dbus.OperationDelete):         removal.Delete{Catalog: a.catalog, Errand: errands},
+		string(dbus.OperationPrune): retention.Prune{Catalog: a.catalog, Errand: errands,
+			Policy: func(ctx context.Context, domain string) (chain.Retention, error) {
+				return a.service.EffectiveRetention(ctx, domain)
+			}},
 	}, job.Options{
 		Logger: a.log, KeepFor: keepJobsFor, KeepMost: keepJobs,
 		Limits: job.Limits{

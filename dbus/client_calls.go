@@ -234,6 +234,40 @@ func (c *Client) DomainSettings(ctx context.Context, uuid string) ([]EffectiveSe
 	return list[EffectiveSetting](ctx, c, Ref{KindDomain, uuid}, "ListSettings")
 }
 
+// PruneDomain removes those of a domain's backups that need not stay, and
+// returns what becomes of each.
+func (c *Client) PruneDomain(ctx context.Context, uuid string, o PruneOptions) (plan []PruneEntry, jobs []string, err error) {
+	var entries []map[string]godbus.Variant
+	var paths []godbus.ObjectPath
+	if err := c.object(ctx, Ref{KindDomain, uuid}, "Prune", []any{EncodeOptions(o)}, &entries, &paths); err != nil {
+		return nil, nil, err
+	}
+	plan = make([]PruneEntry, len(entries))
+	for i, e := range entries {
+		if err := DecodeRecord(e, &plan[i]); err != nil {
+			return nil, nil, err
+		}
+	}
+	for _, p := range paths {
+		id, err := idOf(p, KindJob)
+		if err != nil {
+			return nil, nil, err
+		}
+		jobs = append(jobs, id)
+	}
+	return plan, jobs, nil
+}
+
+// HoldBackup has a backup stay, and ReleaseBackup lets it go again.
+func (c *Client) HoldBackup(ctx context.Context, id, reason string) error {
+	return c.object(ctx, Ref{KindBackup, id}, "Hold", []any{reason, EncodeOptions(NoOptions{})})
+}
+
+// ReleaseBackup takes the hold of a backup away.
+func (c *Client) ReleaseBackup(ctx context.Context, id string) error {
+	return c.object(ctx, Ref{KindBackup, id}, "Release", []any{EncodeOptions(NoOptions{})})
+}
+
 // DomainTracking returns how a domain's next backups would find what changed.
 func (c *Client) DomainTracking(ctx context.Context, uuid string) ([]DomainTracking, error) {
 	return list[DomainTracking](ctx, c, Ref{KindDomain, uuid}, "ListTracking")

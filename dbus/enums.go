@@ -156,7 +156,18 @@ const (
 	OperationRestoreInPlace Operation = "restore-in-place"
 	OperationVerify         Operation = "verify"
 	OperationDelete         Operation = "delete"
+	OperationPrune          Operation = "prune"
 	OperationCheck          Operation = "check"
+)
+
+// PruneAction is what becomes of a backup that retention looks at.
+type PruneAction string
+
+// The values of PruneAction.
+const (
+	PruneKeep   PruneAction = "keep"
+	PruneDelete PruneAction = "delete"
+	PruneMerge  PruneAction = "merge"
 )
 
 // Final tells whether a job in this state has ended.
@@ -217,5 +228,5 @@ func (Overlap) Values() []string { return []string{"skip", "queue"} }
 
 // Values returns what an Operation can be.
 func (Operation) Values() []string {
-	return []string{"backup", "restore", "restore-in-place", "verify", "delete", "check"}
+	return []string{"backup", "restore", "restore-in-place", "verify", "delete", "prune", "check"}
 }

@@ -144,6 +144,13 @@ type QuotaOptions struct {
 	Chains  *uint32 `dbus:"chains"`
 }
 
+// PruneOptions are those of Domain.Prune.
+type PruneOptions struct {
+	// Repository is a name or id; empty for all.
+	Repository string `dbus:"repository"`
+	DryRun     bool   `dbus:"dry_run"`
+}
+
 // DeleteBackupOptions are those of Backup.Delete.
 type DeleteBackupOptions struct {
 	WithChildren bool `dbus:"with_children"`

@@ -134,6 +134,17 @@ type EffectiveSetting struct {
 	Source string `dbus:"source"`
 }
 
+// PruneEntry is one of Domain.Prune.
+type PruneEntry struct {
+	Repository  string      `dbus:"repository"`
+	Backup      string      `dbus:"backup"`
+	Created     time.Time   `dbus:"created"`
+	StoredBytes uint64      `dbus:"stored_bytes"`
+	Action      PruneAction `dbus:"action"`
+	Into        string      `dbus:"into"`
+	Reasons     []string    `dbus:"reasons"`
+}
+
 // DomainTracking is one of Domain.ListTracking.
 type DomainTracking struct {
 	Repository string    `dbus:"repository"`
@@ -214,6 +225,7 @@ type BackupProperties struct {
 	Consistency Consistency  `dbus:"Consistency"`
 	Quiesce     Quiesce      `dbus:"Quiesce"`
 	Shortfall   string       `dbus:"Shortfall"`
+	Hold        string       `dbus:"Hold"`
 	HeldUsec    uint64       `dbus:"HeldUsec"`
 	Created     time.Time    `dbus:"Created"`
 	Finished    time.Time    `dbus:"Finished"`

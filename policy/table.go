@@ -89,6 +89,7 @@ func table() map[string]Action {
 		"org.virtbackup1.Domain.FinishChain":   ActionManageDomains,
 		"org.virtbackup1.Domain.ListTracking":  ActionView,
 		"org.virtbackup1.Domain.DeleteBackups": ActionDelete,
+		"org.virtbackup1.Domain.Prune":         ActionDelete,
 		// What a domain has in place of its offering's settings is part of what is sold.
 		"org.virtbackup1.Domain.SetOverrides": ActionManageOfferings,
 		"org.virtbackup1.Domain.ListSettings": ActionView,
@@ -98,6 +99,8 @@ func table() map[string]Action {
 		"org.virtbackup1.Chain.Delete": ActionDelete,
 
 		"org.virtbackup1.Backup.Delete":         ActionDelete,
+		"org.virtbackup1.Backup.Hold":           ActionDelete,
+		"org.virtbackup1.Backup.Release":        ActionDelete,
 		"org.virtbackup1.Backup.Verify":         ActionVerify,
 		"org.virtbackup1.Backup.Restore":        ActionRestore,
 		"org.virtbackup1.Backup.RestoreInPlace": ActionRestoreInPlace,

@@ -107,6 +107,9 @@ type Domains interface {
 	// settings; DomainSettings returns what is in force, and from where.
 	SetOverrides(ctx context.Context, caller Caller, uuid string, o dbus.Overrides, unset []string) error
 	DomainSettings(ctx context.Context, uuid string) ([]dbus.EffectiveSetting, error)
+	// PruneDomain returns what becomes of each backup, newest first, and the jobs,
+	// none for a dry run.
+	PruneDomain(ctx context.Context, caller Caller, uuid string, o dbus.PruneOptions) (plan []dbus.PruneEntry, jobs []string, err error)
 	DomainTracking(ctx context.Context, uuid string) ([]dbus.DomainTracking, error)
 	// DomainMarks returns the newest first. The limit is from 1 to 1000.
 	DomainMarks(ctx context.Context, uuid string, limit int) ([]dbus.Mark, error)
@@ -122,6 +125,9 @@ type Domains interface {
 // Backups is what is done with backups.
 type Backups interface {
 	DeleteBackup(ctx context.Context, caller Caller, id string, o dbus.DeleteBackupOptions) (backups []string, job string, err error)
+	// HoldBackup has a backup stay for a reason, ReleaseBackup lets it go again.
+	HoldBackup(ctx context.Context, caller Caller, id, reason string) error
+	ReleaseBackup(ctx context.Context, caller Caller, id string) error
 	VerifyBackup(ctx context.Context, caller Caller, id string) (job string, err error)
 	RestoreBackup(ctx context.Context, caller Caller, id, name string, o dbus.RestoreOptions) (job string, err error)
 	RestoreInPlace(ctx context.Context, caller Caller, id string, o dbus.RestoreInPlaceOptions) (job string, err error)

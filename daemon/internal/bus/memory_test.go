@@ -326,3 +326,16 @@ func (m *memory) SetQuota(_ context.Context, c Caller, kind dbus.QuotaKind, name
 func (m *memory) RemoveQuota(_ context.Context, c Caller, kind dbus.QuotaKind, name string) error {
 	return m.note(c, "no quota of %s %s", kind, name)
 }
+
+func (m *memory) PruneDomain(_ context.Context, c Caller, uuid string, o dbus.PruneOptions) ([]dbus.PruneEntry, []string, error) {
+	return []dbus.PruneEntry{{Repository: "nas", Backup: backupID, Action: dbus.PruneKeep, Reasons: []string{"it is held"}}}, []string{"J1"},
+		m.note(c, "prune %s in %q dry %v", uuid, o.Repository, o.DryRun)
+}
+
+func (m *memory) HoldBackup(_ context.Context, c Caller, id, reason string) error {
+	return m.note(c, "hold %s %s", id, reason)
+}
+
+func (m *memory) ReleaseBackup(_ context.Context, c Caller, id string) error {
+	return m.note(c, "release %s", id)
+}

@@ -101,11 +101,14 @@ func parsers() map[string]parser {
 		"org.virtbackup1.Domain.ListSettings":  domainSettings,
 		"org.virtbackup1.Domain.ListMarks":     domainMarks,
 		"org.virtbackup1.Domain.DeleteBackups": deleteDomainBackups,
+		"org.virtbackup1.Domain.Prune":         pruneDomain,
 
 		"org.virtbackup1.Chain.Verify": startJob("verify chain", Backend.VerifyChain),
 		"org.virtbackup1.Chain.Delete": remove("delete chain", Backend.DeleteChain),
 
 		"org.virtbackup1.Backup.Delete":         remove("delete backup", Backend.DeleteBackup),
+		"org.virtbackup1.Backup.Hold":           holdBackup,
+		"org.virtbackup1.Backup.Release":        change("release backup", Backend.ReleaseBackup),
 		"org.virtbackup1.Backup.Verify":         startJob("verify backup", Backend.VerifyBackup),
 		"org.virtbackup1.Backup.Restore":        restoreBackup,
 		"org.virtbackup1.Backup.RestoreInPlace": restoreInPlace,

@@ -223,6 +223,30 @@ func domainSettings(about dbus.Ref, _ arguments) (request, error) {
 	return request{run: run}, nil
 }
 
+func pruneDomain(about dbus.Ref, a arguments) (request, error) {
+	var o dbus.PruneOptions
+	if err := a.options(&o); err != nil {
+		return request{}, err
+	}
+	run := func(ctx context.Context, s *Server, c Caller) ([]any, error) {
+		plan, jobs, err := s.backend.PruneDomain(ctx, c, about.ID, o)
+		paths := make([]godbus.ObjectPath, len(jobs))
+		for i, id := range jobs {
+			paths[i] = dbus.Ref{Kind: dbus.KindJob, ID: id}.Path()
+		}
+		return []any{dbus.EncodeRecords(plan), paths}, s.done(c, "prune backups of domain", about, err)
+	}
+	return request{mentions: mentions(mention{dbus.KindRepository, o.Repository}), run: run}, nil
+}
+
+func holdBackup(about dbus.Ref, a arguments) (request, error) {
+	reason := a.text(0)
+	run := func(ctx context.Context, s *Server, c Caller) ([]any, error) {
+		return nil, s.done(c, "hold backup", about, s.backend.HoldBackup(ctx, c, about.ID, reason))
+	}
+	return request{run: run}, a.options(&dbus.NoOptions{})
+}
+
 func domainTracking(about dbus.Ref, _ arguments) (request, error) {
 	run := func(ctx context.Context, s *Server, _ Caller) ([]any, error) {
 		tracking, err := s.backend.DomainTracking(ctx, about.ID)

@@ -25,12 +25,13 @@ const maximumFile = 1 << 20
 
 // Config holds all settings. Load makes one.
 type Config struct {
-	Daemon  Daemon
-	Libvirt Libvirt
-	Limits  Limits
-	Backup  Backup
-	Restore Restore
-	Metrics Metrics
+	Daemon    Daemon
+	Libvirt   Libvirt
+	Limits    Limits
+	Backup    Backup
+	Restore   Restore
+	Metrics   Metrics
+	Retention Retention
 
 	sources map[string]string // of the settings in the file: "file:line"
 }
@@ -79,6 +80,11 @@ type Metrics struct {
 	Interval time.Duration
 }
 
+// Retention is the section [retention].
+type Retention struct {
+	MostAtOnce int // backups of one domain in one repository that go without somebody asking
+}
+
 // Setting is one setting as it is in effect.
 type Setting struct {
 	Key    string // "section.name"
@@ -97,9 +103,10 @@ func Default() *Config {
 			CPUWeight: 50, MemoryMax: 1 * gibibyte, IOWeight: 50,
 			MinimumFreeRepository: 256 * mebibyte, MinimumFreeScratch: 256 * mebibyte,
 		},
-		Backup:  Backup{ScratchDirectory: "/var/lib/virtbackup/scratch"},
-		Restore: Restore{Destinations: []string{"/var/lib/libvirt/images"}},
-		Metrics: Metrics{Interval: time.Minute},
+		Backup:    Backup{ScratchDirectory: "/var/lib/virtbackup/scratch"},
+		Restore:   Restore{Destinations: []string{"/var/lib/libvirt/images"}},
+		Metrics:   Metrics{Interval: time.Minute},
+		Retention: Retention{MostAtOnce: 20},
 	}
 }
 

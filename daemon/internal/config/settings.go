@@ -50,6 +50,8 @@ func (c *Config) settings() []setting {
 
 		{"metrics.textfile", &c.Metrics.Textfile, func() error { return checkTextfile(c.Metrics.Textfile) }, "an absolute path that ends in .prom, or \"\" for none", "Where the metrics of \"virtbackupctl metrics\" are written from time to time, for the textfile collector of Prometheus' node_exporter. The daemon cannot write below /usr and /etc."},
 		duration("metrics.interval", &c.Metrics.Interval, time.Second, 24*time.Hour, "How often they are."),
+
+		number("retention.most_at_once", &c.Retention.MostAtOnce, 1, 100000, "How many backups of a domain in a repository retention removes after one backup at most. \"virtbackupctl prune\" has no such limit."),
 	}
 }
 

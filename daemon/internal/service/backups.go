@@ -62,7 +62,18 @@ func (s *Service) DeleteBackup(ctx context.Context, caller bus.Caller, id string
 
 // DeleteChain deletes a whole chain.
 func (s *Service) DeleteChain(ctx context.Context, caller bus.Caller, id string, o dbus.DeleteChainOptions) ([]string, string, error) {
-	return s.remove(ctx, caller, id, []string{id}, true, o.DryRun)
+	backups, err := s.Catalog.ChainBackups(ctx, id)
+	if err != nil {
+		return nil, "", failure.Named(err)
+	}
+	var ids []string // the first one may have been merged into the next
+	for _, b := range backups {
+		ids = append(ids, b.ID)
+	}
+	if len(ids) == 0 {
+		return nil, "", dbus.Errorf(dbus.ErrNotFound, "chain %s has no backup left", id)
+	}
+	return s.remove(ctx, caller, id, ids, true, o.DryRun)
 }
 
 // DeleteDomainBackups deletes all backups of a domain, with a job for each repository.

@@ -165,7 +165,7 @@ func (n *names) backup(ctx context.Context, b catalog.Backup, children []string)
 		State: dbus.BackupState(b.State), Consistency: dbus.Consistency(b.Consistency), Quiesce: dbus.Quiesce(b.Quiesce),
 		Created: b.Created, Finished: b.Finished, SizeBytes: b.Size, StoredBytes: b.StoredBytes, DataBytes: b.DataBytes,
 		Compression: dbus.Compression(b.Compression), Verified: b.Verified,
-		HeldUsec: uint64(b.Held.Microseconds()), Shortfall: b.Shortfall,
+		HeldUsec: uint64(b.Held.Microseconds()), Shortfall: b.Shortfall, Hold: b.Hold,
 	}
 	if b.CompressionTime == string(dbus.CompressionDeferred) {
 		p.Compression = dbus.CompressionNone

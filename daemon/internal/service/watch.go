@@ -130,6 +130,7 @@ func (s *Service) jobChanged(ctx context.Context, t *told, st job.Status) {
 	if st.Repository != "" {
 		s.repositoryChecked(ctx, st)
 	}
+	s.pruneAfter(ctx, st)
 	if st.Domain != "" {
 		s.tellChains(ctx, st.Domain)
 	}

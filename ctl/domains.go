@@ -189,6 +189,7 @@ func domainPage(p *page, s domainView) {
 		"Protection", string(d.Protection),
 		"Last backup", last,
 		"Last error", d.LastError,
+		"Next run", moment(d.NextRun),
 		"Chain", open,
 		"Job", d.Job,
 	)

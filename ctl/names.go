@@ -122,9 +122,9 @@ func offeringNames(ctx context.Context, c *dbus.Client) ([]cobra.Completion, err
 }
 
 func scheduleNames(ctx context.Context, c *dbus.Client) ([]cobra.Completion, error) {
-	objects, err := c.Objects(ctx)
+	schedules, err := c.Schedules(ctx)
 	var all []cobra.Completion
-	for _, s := range objects.Schedules {
+	for _, s := range schedules {
 		all = append(all, described(s.Name, scheduleFor(s)+", "+strings.Join(s.Calendars, ", ")))
 	}
 	return all, err

@@ -56,7 +56,7 @@ func TestNothingFromElsewhereReachesTheTerminalAsItIs(t *testing.T) {
 func TestJSONHasThePropertiesInSnakeCase(t *testing.T) {
 	for mode, want := range map[jsonMode]string{
 		jsonShort: `[{"uuid":"u","name":"<a>","state":"","offering":"","protection":"","last_backup":"","last_backup_time":"2026-01-02T03:04:05.000006Z",` +
-			`"last_error":"","chain":"","chain_length":2,"job":"","disks":[{"target":"vda","source":"","format":"","size":7,"included":true,"cause":""}]}]` + "\n",
+			`"last_error":"","next_run":null,"chain":"","chain_length":2,"job":"","disks":[{"target":"vda","source":"","format":"","size":7,"included":true,"cause":""}]}]` + "\n",
 		jsonPretty: "[\n  {\n    \"uuid\": \"u\",\n",
 	} {
 		var b bytes.Buffer

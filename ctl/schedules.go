@@ -17,11 +17,11 @@ import (
 func (a *app) scheduleCommand() *cobra.Command {
 	list := &cobra.Command{Use: "list", Short: "List schedules, and what became of their last runs", Args: cobra.NoArgs}
 	list.RunE = a.verb(func(ctx context.Context, c *dbus.Client, _ []string) error {
-		objects, err := c.Objects(ctx)
+		schedules, err := c.Schedules(ctx)
 		if err != nil {
 			return err
 		}
-		return a.show(objects.Schedules, func(p *page) { scheduleTable(p, objects.Schedules) })
+		return a.show(schedules, func(p *page) { scheduleTable(p, schedules) })
 	})
 	enable := a.scheduleVerb("enable", "Start a schedule's timer", func(ctx context.Context, c *dbus.Client, s dbus.ScheduleProperties) error {
 		if err := c.EnableSchedule(ctx, s.ID); err != nil {

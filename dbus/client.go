@@ -210,6 +210,11 @@ func (c *Client) Offerings(ctx context.Context) ([]OfferingProperties, error) {
 	return list[OfferingProperties](ctx, c, Ref{Kind: KindManager}, "ListOfferings")
 }
 
+// Schedules lists all schedules, by name.
+func (c *Client) Schedules(ctx context.Context) ([]ScheduleProperties, error) {
+	return list[ScheduleProperties](ctx, c, Ref{Kind: KindManager}, "ListSchedules")
+}
+
 // DomainPage is one page of Manager.ListDomains.
 type DomainPage struct {
 	Domains []DomainProperties

@@ -174,6 +174,7 @@ type DomainProperties struct {
 	LastBackup     string       `dbus:"LastBackup"`
 	LastBackupTime time.Time    `dbus:"LastBackupTime"`
 	LastError      string       `dbus:"LastError"`
+	NextRun        time.Time    `dbus:"NextRun"`
 	Chain          string       `dbus:"Chain"`
 	ChainLength    uint32       `dbus:"ChainLength"`
 	Job            string       `dbus:"Job"`

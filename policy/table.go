@@ -6,6 +6,8 @@
 // answers with anything but "authorized".
 package policy
 
+import "maps"
+
 // Action is the id of a polkit action in org.virtbackup1.policy.
 type Action string
 
@@ -43,6 +45,14 @@ func actionOf(method string) (Action, bool) {
 
 // table says which action each method needs.
 func table() map[string]Action {
+	all := ofManager()
+	maps.Copy(all, ofObjects())
+	maps.Copy(all, ofStandard())
+	return all
+}
+
+// ofManager is the part of the Manager.
+func ofManager() map[string]Action {
 	return map[string]Action{
 		"org.virtbackup1.Manager.CreateRepository":       ActionManageRepositories,
 		"org.virtbackup1.Manager.CreateOffering":         ActionManageOfferings,
@@ -55,6 +65,7 @@ func table() map[string]Action {
 		"org.virtbackup1.Manager.GetBackup":              ActionView,
 		"org.virtbackup1.Manager.ListRepositories":       ActionView,
 		"org.virtbackup1.Manager.ListOfferings":          ActionView,
+		"org.virtbackup1.Manager.ListSchedules":          ActionView,
 		"org.virtbackup1.Manager.ListDomains":            ActionView,
 		"org.virtbackup1.Manager.ListChains":             ActionView,
 		"org.virtbackup1.Manager.ListBackups":            ActionView,
@@ -68,7 +79,12 @@ func table() map[string]Action {
 		"org.virtbackup1.Manager.Reload":                 ActionManageDaemon,
 		// A domain's start waits for the hook: polkitd must not hold it up.
 		"org.virtbackup1.Manager.NotifyHook": ActionRoot,
+	}
+}
 
+// ofObjects is the part of the other objects.
+func ofObjects() map[string]Action {
+	return map[string]Action{
 		"org.virtbackup1.Repository.Check":  ActionManageRepositories,
 		"org.virtbackup1.Repository.Remove": ActionManageRepositories,
 
@@ -108,7 +124,12 @@ func table() map[string]Action {
 
 		"org.virtbackup1.Job.Cancel": ActionManageJobs,
 		"org.virtbackup1.Job.Log":    ActionView,
+	}
+}
 
+// ofStandard is the part of D-Bus' own interfaces.
+func ofStandard() map[string]Action {
+	return map[string]Action{
 		"org.freedesktop.DBus.ObjectManager.GetManagedObjects": ActionView,
 		"org.freedesktop.DBus.Properties.Get":                  ActionView,
 		"org.freedesktop.DBus.Properties.GetAll":               ActionView,

@@ -54,9 +54,10 @@ type Reader interface {
 	// UUID of a domain, or the (beginning of the) id of a backup;
 	// dbus.ErrNotFound when there is none.
 	Find(ctx context.Context, kind dbus.Kind, name string) (dbus.Ref, error)
-	// ListRepositories and ListOfferings return all, by name.
+	// ListRepositories, ListOfferings and ListSchedules return all, by name.
 	ListRepositories(ctx context.Context) ([]dbus.RepositoryProperties, error)
 	ListOfferings(ctx context.Context) ([]dbus.OfferingProperties, error)
+	ListSchedules(ctx context.Context) ([]dbus.ScheduleProperties, error)
 	// ListDomains returns one page, as the API has it. The limit is from 1 to 1000.
 	ListDomains(ctx context.Context, f dbus.DomainFilter, cursor string, limit int) (dbus.DomainPage, error)
 	// ListChains, ListBackups and ListJobs return one page, newest first, and

@@ -149,6 +149,10 @@ func (m *memory) ListRepositories(context.Context) ([]dbus.RepositoryProperties,
 	return []dbus.RepositoryProperties{m.objects[dbus.Ref{Kind: dbus.KindRepository, ID: "R1"}].(dbus.RepositoryProperties)}, nil
 }
 
+func (m *memory) ListSchedules(context.Context) ([]dbus.ScheduleProperties, error) {
+	return []dbus.ScheduleProperties{m.objects[dbus.Ref{Kind: dbus.KindSchedule, ID: "S1"}].(dbus.ScheduleProperties)}, nil
+}
+
 func (m *memory) ListOfferings(context.Context) ([]dbus.OfferingProperties, error) {
 	return []dbus.OfferingProperties{m.objects[dbus.Ref{Kind: dbus.KindOffering, ID: "O1"}].(dbus.OfferingProperties)}, nil
 }

@@ -65,6 +65,7 @@ func parsers() map[string]parser {
 		"org.virtbackup1.Manager.GetBackup":              getObject(dbus.KindBackup),
 		"org.virtbackup1.Manager.ListRepositories":       listAll(Backend.ListRepositories),
 		"org.virtbackup1.Manager.ListOfferings":          listAll(Backend.ListOfferings),
+		"org.virtbackup1.Manager.ListSchedules":          listAll(Backend.ListSchedules),
 		"org.virtbackup1.Manager.ListDomains":            listDomains,
 		"org.virtbackup1.Manager.ListChains":             listChains,
 		"org.virtbackup1.Manager.ListBackups":            listBackups,

@@ -187,6 +187,9 @@ func TestClientReadsWhatTheBackendSays(t *testing.T) {
 			t.Error(times, err)
 		}
 	}
+	if schedules, err := c.Schedules(ctx); len(schedules) != 1 || schedules[0].Name != "nightly" || err != nil {
+		t.Errorf("%+v, %v", schedules, err)
+	}
 	runs, err := c.ScheduleRuns(ctx, "S1", 5)
 	if len(runs) != 1 || runs[0].ID != "S1" || runs[0].State != dbus.RunSkipped || runs[0].Reason != "limit 5" || !runs[0].Created.Equal(time.UnixMicro(8)) || err != nil {
 		t.Errorf("%+v, %v", runs, err)

@@ -199,8 +199,10 @@ func (k *Keeper) removeOrphan(ctx context.Context, id string) error {
 	return k.timers.Remove(ctx, id)
 }
 
-// stateAge is how old what systemd said of a timer may be.
-const stateAge = 5 * time.Second
+const (
+	stateAge   = 5 * time.Second // how old what systemd said of a timer may be
+	stateLimit = 2 * time.Second // how long whoever reads a property waits for systemd
+)
 
 // Timer returns what systemd says of a schedule's timer.
 func (k *Keeper) Timer(ctx context.Context, id string) (timer.State, error) {
@@ -211,6 +213,8 @@ func (k *Keeper) Timer(ctx context.Context, id string) (timer.State, error) {
 	if ok && now.Sub(s.at) < stateAge && s.Next.After(now) {
 		return s.State, nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, stateLimit)
+	defer cancel()
 	state, err := k.timers.State(ctx, id)
 	if err != nil {
 		return state, err

@@ -28,6 +28,7 @@ type view struct {
 	summaries map[string]catalog.Summary   // by UUID
 	offerings map[string]catalog.Offering  // by name
 	jobs      map[string]string            // by domain: the job at work on it
+	due       due
 }
 
 // view reads the view of one domain, or of all for "".
@@ -55,7 +56,8 @@ func (s *Service) view(ctx context.Context, uuid string) (view, error) {
 	for _, one := range summaries {
 		v.summaries[one.UUID] = one
 	}
-	return v, nil
+	v.due, err = s.due(ctx)
+	return v, err
 }
 
 // uuids are those of libvirt's domains, and of those known only by their backups.
@@ -80,6 +82,7 @@ func (v view) domain(uuid string) (dbus.DomainProperties, error) {
 	p := dbus.DomainProperties{
 		UUID: uuid, Name: known.Name, Offering: known.Offering, LastBackup: known.LastBackup, LastBackupTime: known.LastBackupTime,
 		Chain: known.Chain, ChainLength: uint32(known.ChainLength), Job: v.jobs[uuid], State: live.State, Protection: protection(known),
+		NextRun: v.due.of(uuid, known.Offering),
 	}
 	if known.LastJob == catalog.JobFailed {
 		p.LastError = known.LastError

@@ -206,6 +206,12 @@ func (s *Service) ListOfferings(ctx context.Context) ([]dbus.OfferingProperties,
 	return only[dbus.OfferingProperties](all), failure.Named(err)
 }
 
+// ListSchedules returns all schedules.
+func (s *Service) ListSchedules(ctx context.Context) ([]dbus.ScheduleProperties, error) {
+	all, err := s.schedules(ctx)
+	return only[dbus.ScheduleProperties](all), failure.Named(err)
+}
+
 // only returns the records of one kind.
 func only[R dbus.Record](all []dbus.Record) (list []R) {
 	for _, one := range all {

@@ -261,6 +261,42 @@ func (s *Service) scheduleRecord(ctx context.Context, c catalog.Schedule) (dbus.
 	return p, s.lastRuns(ctx, &p)
 }
 
+// due is when schedules are due next, by the UUID of the domain or the name of
+// the offering that they are for.
+type due struct{ domains, offerings map[string]time.Time }
+
+// of returns when a domain is backed up next by a schedule; zero for never.
+func (d due) of(uuid, offering string) time.Time {
+	return earlier(d.domains[uuid], d.offerings[offering])
+}
+
+func earlier(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
+}
+
+func (s *Service) due(ctx context.Context) (due, error) {
+	d := due{map[string]time.Time{}, map[string]time.Time{}}
+	all, err := s.Catalog.Schedules(ctx)
+	for _, c := range all {
+		if !c.Enabled {
+			continue
+		}
+		state, err := s.Schedules.Timer(ctx, c.ID)
+		if err != nil {
+			continue // told with the schedule
+		}
+		if c.Domain != "" {
+			d.domains[c.Domain] = earlier(d.domains[c.Domain], state.Next)
+		} else {
+			d.offerings[c.Offering] = earlier(d.offerings[c.Offering], state.Next)
+		}
+	}
+	return d, err
+}
+
 // timerState fills in what systemd says of the timer.
 func (s *Service) timerState(ctx context.Context, p *dbus.ScheduleProperties) {
 	if !p.Enabled {

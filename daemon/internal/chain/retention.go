@@ -3,7 +3,6 @@ package chain
 import (
 	"cmp"
 	"fmt"
-	"maps"
 	"slices"
 	"time"
 )
@@ -24,6 +23,7 @@ type Point struct {
 	Sequence int64
 	Created  time.Time // its point in time, by the clock of that time
 	Hold     bool      // somebody wants it to stay
+	Base     bool      // the next increment is to build on it
 }
 
 // Merge is what becomes of backups that go while one that stays builds on them:
@@ -78,10 +78,11 @@ func (p RetentionPlan) AtMost(most int) RetentionPlan {
 
 // PlanRetention decides what stays of a domain's backups in one repository. Only
 // complete backups go, and never the newest one, nor one that is held, nor one
-// on which builds what is neither complete nor part of the plan. What the clock
-// says decides only which hour, day, … a backup is of, in this zone: as a new
-// backup makes at most as many go as it is of spans of time, no jump of the
-// clock makes many go at once.
+// on which the next one is to build, or builds what is neither complete nor part
+// of the plan. What the clock says decides only which hour, day, … a backup is
+// of, in this zone. Which of them are the newest, the order of the backups says:
+// so a backup more makes at most as many go as it is of spans of time, however
+// the clock jumps, and what was made in a wrong year does not count for ever.
 func PlanRetention(points []Point, r Retention, zone *time.Location) RetentionPlan {
 	p := RetentionPlan{Keep: map[string][]string{}}
 	all := slices.SortedFunc(slices.Values(points), func(a, b Point) int { return cmp.Compare(b.Sequence, a.Sequence) })
@@ -92,6 +93,8 @@ func PlanRetention(points []Point, r Retention, zone *time.Location) RetentionPl
 			p.keep(b.ID, "it is "+string(b.State))
 		case b.Hold:
 			p.keep(b.ID, "it is held")
+		case b.Base:
+			p.keep(b.ID, "the next increment builds on it")
 		case r == Retention{}:
 			p.keep(b.ID, "nothing is removed")
 		}
@@ -117,7 +120,7 @@ func (p *RetentionPlan) keep(id, why string) { p.Keep[id] = append(p.Keep[id], w
 type span struct {
 	name string
 	most int
-	of   func(time.Time) string // names the span that a time is in; sorts as time does
+	of   func(time.Time) string // names the span that a time is in
 }
 
 func spans(r Retention) []span {
@@ -136,17 +139,12 @@ func spans(r Retention) []span {
 }
 
 func (p *RetentionPlan) keepOfSpans(newestFirst []Point, s span, zone *time.Location) {
-	newest := map[string]Point{}
+	seen := map[string]bool{}
 	for _, b := range newestFirst {
-		name := s.of(b.Created.In(zone))
-		if _, there := newest[name]; !there {
-			newest[name] = b
+		if name := s.of(b.Created.In(zone)); len(seen) < s.most && !seen[name] {
+			seen[name] = true
+			p.keep(b.ID, fmt.Sprintf("the newest of the %s %s", s.name, name))
 		}
-	}
-	names := slices.Sorted(maps.Keys(newest))
-	slices.Reverse(names)
-	for _, name := range names[:min(s.most, len(names))] {
-		p.keep(newest[name].ID, fmt.Sprintf("the newest of the %s %s", s.name, name))
 	}
 }
 

@@ -14,7 +14,7 @@ import (
 var noon = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
 // draw makes points of a drawing: "F" begins a chain, "i" goes on; a letter
-// behind it marks one: h held, d damaged, r running. They are a day apart.
+// behind it marks one: h held, b the base of the next, d damaged, r running. They are a day apart.
 func draw(drawing string) []Point {
 	var all []Point
 	for i, field := range strings.Fields(drawing) {
@@ -26,6 +26,8 @@ func draw(drawing string) []Point {
 		switch field[1:] {
 		case "h":
 			b.Hold = true
+		case "b":
+			b.Base = true
 		case "d":
 			b.State = Damaged
 		case "r":
@@ -65,6 +67,7 @@ func TestPlanRetention(t *testing.T) {
 		"damaged before a chain that goes": {"Fd id F F", Retention{Last: 1}, "delete b2"},
 		"running on what would go":         {"F i ir", Retention{Last: 1}, `merge b0 into b1 on ""`},
 		"full ones":                        {"F F F", Retention{Last: 2}, "delete b0"},
+		"the base of the next":             {"F ib F", Retention{Last: 1}, `merge b0 into b1 on ""`},
 		"never the newest":                 {"F", Retention{Yearly: 1, Last: 0}, ""},
 		"weekly":                           {"F i i i i i i i i i i i i i i", Retention{Weekly: 2}, `merge b6 b5 b4 b3 b2 b1 b0 into b7 on ""; merge b13 b12 b11 b10 b9 b8 into b14 on "b7"`},
 	} {
@@ -91,6 +94,25 @@ func TestRetentionOfSpansOfTime(t *testing.T) {
 	want := []string{"04-10 11h", "04-10 10h", "04-10 09h", "04-09 23h", "04-08 23h", "04-07 23h", "04-05 23h", "03-31 23h"}
 	if diff := cmp.Diff(want, kept); diff != "" {
 		t.Error(diff)
+	}
+}
+
+// What was made while the clock was wrong must not count for ever.
+func TestRetentionGetsOverAWrongClock(t *testing.T) {
+	var points []Point
+	r, now := Retention{Daily: 5}, noon
+	for i := range 30 {
+		now = now.AddDate(0, 0, 1)
+		at := now
+		if i >= 10 && i < 15 {
+			at = now.AddDate(70, 0, 0)
+		}
+		points = append(points, Point{Backup: Backup{ID: fmt.Sprintf("b%d", i), Kind: Full, State: Complete}, Sequence: int64(i), Created: at})
+		p := PlanRetention(points, r, time.UTC)
+		points = slices.DeleteFunc(points, func(b Point) bool { return len(p.Keep[b.ID]) == 0 })
+		if want := min(i+1, 5); len(points) != want || points[0].Sequence != int64(i+1-want) {
+			t.Fatalf("after backup %d, these are left: %v", i, points)
+		}
 	}
 }
 

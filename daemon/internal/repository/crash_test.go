@@ -42,6 +42,13 @@ var scenarios = map[string]func(root string) error{
 		}
 		return rewrite(context.Background(), r, idB)
 	},
+	"merge": func(root string) error {
+		r, err := Open(root, ourKey)
+		if err != nil {
+			return err
+		}
+		return merge(context.Background(), r)
+	},
 	"collect": func(root string) error {
 		r, err := Open(root, ourKey)
 		if err != nil {

@@ -73,7 +73,8 @@ type Manifest struct {
 	// Generation counts how often the backup's files were replaced by others that
 	// hold the same: see Rewrite.
 	Generation int    `json:"generation,omitempty"`
-	HMAC       string `json:"hmac"` // hex HMAC-SHA256 of this document with an empty hmac
+	Rewriter   string `json:"rewriter,omitempty"` // ULID of the job that did so last
+	HMAC       string `json:"hmac"`               // hex HMAC-SHA256 of this document with an empty hmac
 }
 
 // Domain names the domain that was backed up.

@@ -23,38 +23,51 @@ import (
 // done by Settle. What the old files stand on must stay until it is done.
 type Rewrite struct {
 	r     *Repository
+	claim *Claim
 	m     *Manifest // the committed one
 	names []string
 }
 
 const generationMark = "~"
 
-// generationName is the name of a file of a generation until it takes its own.
-func generationName(name string, generation int) string {
-	return name + generationMark + strconv.Itoa(generation)
+// generation is a set of files of a backup. It names the job that makes them:
+// whoever clears up must not take those of a job that lives for garbage, nor
+// files that were made since he looked for those that he saw.
+type generation struct {
+	number int
+	job    string // ULID
 }
 
-// parseGeneration is the inverse of generationName.
-func parseGeneration(file string) (name string, generation int, ok bool) {
-	name, number, ok := strings.Cut(file, generationMark)
+func (m *Manifest) generation() generation { return generation{m.Generation, m.Rewriter} }
+
+// name is the name of a file of the generation until it takes its own.
+func (g generation) name(file string) string {
+	return fmt.Sprintf("%s%s%d.%s", file, generationMark, g.number, g.job)
+}
+
+// parseGeneration is the inverse of generation.name.
+func parseGeneration(file string) (name string, g generation, ok bool) {
+	name, rest, ok := strings.Cut(file, generationMark)
 	if !ok {
-		return "", 0, false
+		return "", generation{}, false
 	}
-	generation, err := strconv.Atoi(number)
-	return name, generation, err == nil && generation > 0 && generationName(name, generation) == file
+	number, job, _ := strings.Cut(rest, ".")
+	n, err := strconv.Atoi(number)
+	g = generation{n, job}
+	return name, g, err == nil && n > 0 && ulidPattern.MatchString(job) && g.name(name) == file
 }
 
-// Rewrite begins to replace files of a backup of this host. What an earlier try
-// left is removed.
-func (r *Repository) Rewrite(domain, backup string) (*Rewrite, error) {
-	m, err := r.Manifest(domain, backup)
+// Rewrite begins to replace files of a backup of this host, in the name of the
+// job that has the claim. What an earlier try left is removed.
+func (r *Repository) Rewrite(c *Claim, backup string) (*Rewrite, error) {
+	if err := r.Settle(c.domain, backup); err != nil {
+		return nil, err
+	}
+	m, err := r.Manifest(c.domain, backup)
 	if err != nil {
 		return nil, err
 	}
-	if err := r.Settle(domain, backup); err != nil {
-		return nil, err
-	}
-	return &Rewrite{r: r, m: m}, nil
+	return &Rewrite{r: r, claim: c, m: m}, nil
 }
 
 // Manifest returns the committed manifest.
@@ -64,7 +77,9 @@ func (w *Rewrite) path(name string) string {
 	return w.m.Domain.UUID + "/" + w.m.Backup + "/" + name
 }
 
-func (w *Rewrite) generation() int { return w.m.Generation + 1 }
+func (w *Rewrite) generation() generation {
+	return generation{w.m.Generation + 1, w.claim.owner.Backup}
+}
 
 // Create makes another file with the name of one of the backup's. The caller
 // syncs and closes it before Commit.
@@ -72,7 +87,7 @@ func (w *Rewrite) Create(name string) (*os.File, error) {
 	if err := checkFileName(name); err != nil {
 		return nil, err
 	}
-	f, err := w.r.tree.create(w.path(generationName(name, w.generation())))
+	f, err := w.r.tree.create(w.path(w.generation().name(name)))
 	if err != nil {
 		return nil, fmt.Errorf("cannot create another %s of backup %s: %w", name, w.m.Backup, err)
 	}
@@ -83,17 +98,17 @@ func (w *Rewrite) Create(name string) (*os.File, error) {
 // Commit makes the new files those of the backup. m is its new manifest; its
 // generation is set here. After an error either the old files or the new ones
 // count, and both are there, as long as the backup is not settled.
-func (w *Rewrite) Commit(ctx context.Context, c *Claim, m *Manifest) error {
-	if err := w.commit(ctx, c, m); err != nil {
+func (w *Rewrite) Commit(ctx context.Context, m *Manifest) error {
+	if err := w.commit(ctx, m); err != nil {
 		return fmt.Errorf("cannot replace files of backup %s: %w", w.m.Backup, err)
 	}
 	return nil
 }
 
-func (w *Rewrite) commit(ctx context.Context, c *Claim, m *Manifest) error {
+func (w *Rewrite) commit(ctx context.Context, m *Manifest) error {
 	t := w.r.tree
-	m.Format, m.Repository, m.Host, m.Generation = Format, w.r.id, w.r.host, w.generation()
-	if m.Domain.UUID != w.m.Domain.UUID || m.Backup != w.m.Backup {
+	m.Format, m.Repository, m.Host, m.Generation, m.Rewriter = Format, w.r.id, w.r.host, w.generation().number, w.generation().job
+	if m.Domain.UUID != w.m.Domain.UUID || m.Backup != w.m.Backup || m.Chain != w.m.Chain || m.Created != w.m.Created {
 		return fmt.Errorf("the manifest is that of backup %s", truncated(m.Backup))
 	}
 	if err := errors.Join(m.validate(), w.check(m)); err != nil {
@@ -103,11 +118,11 @@ func (w *Rewrite) commit(ctx context.Context, c *Claim, m *Manifest) error {
 	if err != nil {
 		return err
 	}
-	pending := w.path(generationName(manifestName, m.Generation))
+	pending := w.path(w.generation().name(manifestName))
 	if err := t.writeNew(pending, content); err != nil {
 		return err
 	}
-	if err := errors.Join(t.sync(w.path(".")), c.Check()); err != nil {
+	if err := errors.Join(t.sync(w.path(".")), w.claim.Check()); err != nil {
 		return err
 	}
 	if ctx.Err() != nil {
@@ -126,7 +141,7 @@ func (w *Rewrite) commit(ctx context.Context, c *Claim, m *Manifest) error {
 func (w *Rewrite) check(m *Manifest) error {
 	check := func(name string, size uint64) error {
 		if slices.Contains(w.names, name) {
-			name = generationName(name, w.generation())
+			name = w.generation().name(name)
 		}
 		f, info, err := w.r.tree.openRegular(w.path(name))
 		if err != nil {
@@ -153,24 +168,32 @@ func (w *Rewrite) Discard() error { return w.r.Settle(w.m.Domain.UUID, w.m.Backu
 
 // Settle ends what a Rewrite began: files of the manifest's generation take
 // their names, and all others are removed. It does nothing to a backup that has
-// none, is not committed, or is another host's, and may be cut short and run again.
+// none, is not committed, or is another host's, and may be cut short and run
+// again. It is for who has the domain's claim.
 func (r *Repository) Settle(domain, backup string) error {
-	if err := r.settle(domain, backup); err != nil {
-		return fmt.Errorf("cannot settle the files of backup %s: %w", backup, err)
+	return r.settle(domain, backup, func(string) bool { return false })
+}
+
+// settle leaves alone what jobs make for which keep returns true.
+func (r *Repository) settle(domain, backup string, keep func(job string) bool) error {
+	err := checkBackup(domain, backup)
+	if err == nil {
+		err = r.settleFiles(domain, backup, keep)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot settle the files of backup %s: %w", truncated(backup), err)
 	}
 	return nil
 }
 
-func (r *Repository) settle(domain, backup string) error {
-	if err := checkBackup(domain, backup); err != nil {
-		return err
-	}
+func (r *Repository) settleFiles(domain, backup string, keep func(job string) bool) error {
 	dir := domain + "/" + backup
 	names, err := r.tree.names(dir)
 	if err != nil {
 		return ignoreMissing(err)
 	}
-	names = slices.DeleteFunc(names, func(n string) bool { _, _, ok := parseGeneration(n); return !ok })
+	// Before the manifest is read: what is made from now on is not touched.
+	names = slices.DeleteFunc(names, func(n string) bool { _, g, ok := parseGeneration(n); return !ok || keep(g.job) })
 	if len(names) == 0 {
 		return nil
 	}
@@ -181,11 +204,16 @@ func (r *Repository) settle(domain, backup string) error {
 	case err != nil:
 		return err
 	}
+	// The manifest must last before anything is done because of it.
+	if err := r.tree.sync(dir); err != nil {
+		return err
+	}
 	// New names first: an old file that is to be replaced is in nobody's way.
 	for _, file := range names {
-		name, generation, _ := parseGeneration(file)
-		if generation == m.Generation && name != manifestName {
-			if err := r.tree.rename(dir+"/"+file, dir+"/"+name); err != nil {
+		name, g, _ := parseGeneration(file)
+		if g == m.generation() && name != manifestName {
+			// Missing: somebody else has just settled it.
+			if err := ignoreMissing(r.tree.rename(dir+"/"+file, dir+"/"+name)); err != nil {
 				return err
 			}
 		}
@@ -223,10 +251,29 @@ func (r *Repository) openFile(domain, backup, name string) (*os.File, os.FileInf
 		if err != nil {
 			return nil, nil, err
 		}
-		f, info, err := r.tree.openRegular(dir + "/" + generationName(name, m.Generation))
+		f, info, err := r.tree.openRegular(dir + "/" + m.generation().name(name))
 		if !errors.Is(err, unix.ENOENT) {
 			return f, info, err
 		}
 	}
 	return r.tree.openRegular(dir + "/" + name)
+}
+
+// Whole returns a backup's manifest once its files were held against it. Errors
+// are those of Manifest, and of Check, with the manifest.
+func (r *Repository) Whole(domain, backup string) (*Manifest, error) {
+	for {
+		m, err := r.Manifest(domain, backup)
+		if err != nil {
+			return nil, err
+		}
+		damage := r.Check(m)
+		if damage == nil {
+			return m, nil
+		}
+		// A job may have replaced the files between the one look and the other.
+		if now, err := r.Manifest(domain, backup); err != nil || now.generation() == m.generation() {
+			return m, damage
+		}
+	}
 }

@@ -7,9 +7,13 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
+
+// idJob is the job that rewrites.
+const idJob = "01JDDDDDDDDDDDDDDDDDDDDDDD"
 
 // rewritten are other contents for some files of a backup, as of a merge.
 func rewritten(backup string) map[string][]byte {
@@ -39,28 +43,49 @@ func rewriteManifest(m Manifest, backup string) *Manifest {
 }
 
 func rewrite(ctx context.Context, r *Repository, backup string) error {
-	c, err := r.Claim(testDomain, backup)
+	c, err := r.Claim(testDomain, idJob)
 	if err != nil {
 		return err
 	}
-	w, err := r.Rewrite(testDomain, backup)
+	w, err := writeAnew(r, c, backup)
 	if err != nil {
 		return err
+	}
+	if err := w.Commit(ctx, rewriteManifest(*w.Manifest(), backup)); err != nil {
+		return errors.Join(err, w.Discard(), c.Release())
+	}
+	return c.Release()
+}
+
+// writeAnew makes the new files.
+func writeAnew(r *Repository, c *Claim, backup string) (*Rewrite, error) {
+	w, err := r.Rewrite(c, backup)
+	if err != nil {
+		return nil, err
 	}
 	for name, content := range rewritten(backup) {
 		f, err := w.Create(name)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		_, err = f.Write(content)
 		if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	if err := w.Commit(ctx, c, rewriteManifest(*w.Manifest(), backup)); err != nil {
-		return errors.Join(err, w.Discard(), c.Release())
+	return w, nil
+}
+
+// merge has a backup stand on its parent no more, and deletes that.
+func merge(ctx context.Context, r *Repository) error {
+	if err := rewrite(ctx, r, idB); err != nil {
+		return err
 	}
-	return c.Release()
+	c, err := r.Claim(testDomain, idJob)
+	if err != nil {
+		return err
+	}
+	return errors.Join(r.Delete(ctx, c, testDomain, idA), c.Release())
 }
 
 // isOneOrTheOther checks that a backup's files are all the old ones or all the
@@ -147,7 +172,7 @@ func TestRewriteRefusesWhatDoesNotFit(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w, err := r.Rewrite(testDomain, idB)
+	w, err := r.Rewrite(c, idB)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -159,19 +184,108 @@ func TestRewriteRefusesWhatDoesNotFit(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.Close()
-	if err := w.Commit(t.Context(), c, rewriteManifest(*w.Manifest(), idB)); !errors.Is(err, ErrDamaged) {
+	if err := w.Commit(t.Context(), rewriteManifest(*w.Manifest(), idB)); !errors.Is(err, ErrDamaged) {
 		t.Errorf("a file of another size: %v", err)
 	}
 	if err := errors.Join(w.Discard(), c.Release()); err != nil {
 		t.Fatal(err)
 	}
 	checkWhole(t, root, r, idA, idB)
-	if _, err := open(t, root, otherKey).Rewrite(testDomain, idB); !errors.Is(err, ErrForeignManifest) {
+	other := open(t, root, otherKey)
+	if c, err = other.Claim(testDomain, idB); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := other.Rewrite(c, idB); !errors.Is(err, ErrForeignManifest) {
 		t.Errorf("another host's: %v", err)
 	}
 }
 
+// TestRewriteIsNotCollected clears up, and looks at the backup, while a job writes
+// its files anew: the check of a repository waits for no job.
+func TestRewriteIsNotCollected(t *testing.T) {
+	root := prepared(t, idA, idB)
+	r := open(t, root, ourKey)
+	c, err := r.Claim(testDomain, idJob)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := writeAnew(r, c, idB)
+	if err != nil {
+		t.Fatal(err)
+	}
+	live := func(id string) bool { return id == idJob }
+	stop, done := make(chan struct{}), make(chan error, 2)
+	for _, f := range []func() error{
+		func() error { return r.Collect(t.Context(), live) },
+		func() error { _, err := r.Whole(testDomain, idB); return err },
+	} {
+		go func() {
+			for {
+				select {
+				case <-stop:
+					done <- nil
+					return
+				default:
+				}
+				if err := f(); err != nil {
+					done <- err
+					return
+				}
+			}
+		}()
+	}
+	for range 50 {
+		if err := w.Commit(t.Context(), rewriteManifest(*w.Manifest(), idB)); err != nil {
+			t.Fatal(err)
+		}
+		if w, err = writeAnew(r, c, idB); err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(stop)
+	if err := errors.Join(<-done, <-done, w.Discard(), c.Release()); err != nil {
+		t.Fatal(err)
+	}
+	if !isOneOrTheOther(t, r, idB) {
+		t.Error("the files are the old ones")
+	}
+	plainNamesOnly(t, root)
+}
+
+// TestKilledInMerge kills who merges and deletes: what is there before anything
+// was cleared up can be restored.
+func TestKilledInMerge(t *testing.T) {
+	t.Parallel()
+	eachKill(t, "merge", func() string { return prepared(t, idA, idB) }, func(root string) {
+		r := open(t, root, ourKey)
+		backups, err := r.Backups(testDomain)
+		if err != nil || !slices.Contains(backups, idB) {
+			t.Fatalf("%v are there (error %v)", backups, err)
+		}
+		isNew := isOneOrTheOther(t, r, idB)
+		plain, err := os.ReadFile(filepath.Join(root, testDomain, idB, "vda.qcow2"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if needed := !isNew || bytes.Equal(plain, testFiles(idB)["vda.qcow2"]); needed && !slices.Contains(backups, idA) {
+			t.Fatal("the parent is gone, and is needed")
+		}
+		if err := r.Collect(t.Context(), func(string) bool { return false }); err != nil {
+			t.Fatal(err)
+		}
+		if isOneOrTheOther(t, r, idB) != isNew {
+			t.Fatal("it changed while it was cleared up")
+		}
+		for _, n := range listFiles(t, root) {
+			if strings.Contains(n, generationMark) || strings.Contains(n, ownerName) {
+				t.Fatalf("%s is left", n)
+			}
+		}
+	})
+}
+
 func TestKilledInRewrite(t *testing.T) {
+	t.Parallel()
 	old, now := 0, 0
 	eachKill(t, "rewrite", func() string { return prepared(t, idA, idB) }, func(root string) {
 		r := open(t, root, ourKey)

@@ -181,7 +181,8 @@ func (s *Stage) Discard() error {
 }
 
 // Discard removes all that a dead job of this host left of a backup that it did
-// not commit: its stage, its uncommitted directory and its claim.
+// not commit: its stage, its uncommitted directory and its claim; and ends a
+// Rewrite of one that is committed. The domain must be nobody else's.
 func (r *Repository) Discard(domain, backup string) error {
 	if err := checkBackup(domain, backup); err != nil {
 		return err
@@ -189,7 +190,7 @@ func (r *Repository) Discard(domain, backup string) error {
 	if err := r.tree.removeAll(r.stagePath(backup)); err != nil {
 		return err
 	}
-	if err := r.collectUncommitted(domain, backup); err != nil {
+	if err := errors.Join(r.collectUncommitted(domain, backup), r.Settle(domain, backup)); err != nil {
 		return err
 	}
 	return r.dropClaim(domain, func(o owner) bool { return o.Host == r.host && o.Backup == backup })
@@ -253,8 +254,8 @@ func (r *Repository) deletable(domain, backup string) error {
 }
 
 // Collect removes what dead jobs of this host left behind: stages, uncommitted
-// and half deleted backups. Those whose backup id keep returns true for belong
-// to jobs that live. It never touches a committed backup nor what another host
+// and half deleted backups, files of a Rewrite that did not come to its end. Those whose backup or job keep returns true
+// for belong to jobs that live. It never touches a committed backup nor what another host
 // left, and may be cut short and run again.
 func (r *Repository) Collect(ctx context.Context, keep func(backup string) bool) error {
 	staged, err := r.tree.names(stagingName)
@@ -287,15 +288,20 @@ func (r *Repository) collectDomain(ctx context.Context, domain string, keep func
 	if err != nil {
 		return err
 	}
+	dead := func(o owner) bool { return o.Host == r.host && !keep(o.Backup) }
+	// First: a worker that hung, and goes on now, must find its claim gone.
+	if err := r.dropClaim(domain, dead); err != nil {
+		return err
+	}
 	for _, n := range names {
 		if !ulidPattern.MatchString(n) || keep(n) {
 			continue
 		}
-		if err := errors.Join(context.Cause(ctx), r.collectUncommitted(domain, n), r.Settle(domain, n)); err != nil {
+		if err := errors.Join(context.Cause(ctx), r.collectUncommitted(domain, n), r.settle(domain, n, keep)); err != nil {
 			return err
 		}
 	}
-	return r.dropClaim(domain, func(o owner) bool { return o.Host == r.host && !keep(o.Backup) })
+	return r.dropClaim(domain, dead) // and the directory, if nothing is left in it
 }
 
 // collectUncommitted removes a backup's directory unless it is committed or

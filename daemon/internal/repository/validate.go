@@ -21,8 +21,11 @@ func (m *Manifest) validate() error {
 		checkName("host id", hostPattern, m.Host),
 		m.validateKind(),
 	}
-	if m.Generation < 0 {
-		names = append(names, errors.New("the generation is negative"))
+	if m.Generation < 0 || (m.Generation > 0) != (m.Rewriter != "") {
+		names = append(names, fmt.Errorf("generation %d does not go with rewriter %q", m.Generation, truncated(m.Rewriter)))
+	}
+	if m.Rewriter != "" {
+		names = append(names, checkName("job id", ulidPattern, m.Rewriter))
 	}
 	if m.Created < 0 || m.Finished < 0 || m.Held < 0 {
 		names = append(names, errors.New("a time is negative"))

@@ -29,15 +29,12 @@ type lineage []*repository.Manifest
 func trace(r *repository.Repository, domain, backup string) (lineage, error) {
 	var l lineage
 	for id := backup; id != ""; {
-		m, err := r.Manifest(domain, id)
+		m, err := r.Whole(domain, id)
 		if err != nil {
 			return nil, err
 		}
 		if m.Chain != "" && len(l) > 0 && m.Chain != l[0].Chain {
 			return nil, fmt.Errorf("backup %s: %w: it belongs to another chain than %s", id, repository.ErrManifest, backup)
-		}
-		if err := r.Check(m); err != nil {
-			return nil, err
 		}
 		l = append(l, m)
 		id = m.Parent

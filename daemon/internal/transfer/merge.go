@@ -46,7 +46,7 @@ func (w *worker) merge(ctx context.Context) (err error) {
 		return inRepository(err)
 	}
 	defer w.release(m.claim)
-	if m.rewrite, err = m.repo.Rewrite(w.spec.Domain, m.Into); err != nil {
+	if m.rewrite, err = m.repo.Rewrite(m.claim, m.Into); err != nil {
 		return inRepository(err)
 	}
 	if m.rewrite.Manifest().Parent == m.Base { // done by a run of this job that died
@@ -241,7 +241,7 @@ func (m *merging) commit(ctx context.Context) error {
 			return inDisk(d.spec.Target, classify(ClassRepository, err))
 		}
 	}
-	if err := m.rewrite.Commit(ctx, m.claim, &m.Manifest); err != nil {
+	if err := m.rewrite.Commit(ctx, &m.Manifest); err != nil {
 		return inRepository(err)
 	}
 	m.result.Manifest = &m.Manifest

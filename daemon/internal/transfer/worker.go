@@ -179,9 +179,7 @@ func (w *worker) list(ctx context.Context) error {
 func (w *worker) look(ctx context.Context, r *repository.Repository, domain, backup string) BackupState {
 	state := BackupState{Domain: domain, Backup: backup}
 	var err error
-	if state.Manifest, err = r.Manifest(domain, backup); err == nil {
-		err = r.Check(state.Manifest)
-	}
+	state.Manifest, err = r.Whole(domain, backup)
 	state.Error = failure(ctx, inRepository(err))
 	return state
 }

@@ -52,6 +52,9 @@ type QuotaKind string
 // JobState is how far a job is.
 type JobState string
 
+// JobOrigin is who started a job.
+type JobOrigin string
+
 // ScheduleQuiesce is how a schedule quiets guests.
 type ScheduleQuiesce string
 
@@ -138,6 +141,10 @@ const (
 	JobSucceeded  JobState = "succeeded"
 	JobFailed     JobState = "failed"
 	JobCancelled  JobState = "cancelled"
+
+	OriginUser     JobOrigin = "user"
+	OriginSchedule JobOrigin = "schedule"
+	OriginSystem   JobOrigin = "system"
 
 	ScheduleQuiesceOffering ScheduleQuiesce = "offering"
 

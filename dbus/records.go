@@ -263,6 +263,14 @@ type JobProperties struct {
 	ErrorMessage string    `dbus:"ErrorMessage"`
 	Warnings     []string  `dbus:"Warnings"`
 	UID          uint32    `dbus:"Uid"`
+	Waiting      string    `dbus:"Waiting"`
+	Priority     uint32    `dbus:"Priority"`
+	Origin       JobOrigin `dbus:"Origin"`
+	Schedule     string    `dbus:"Schedule"`
+	Parent       string    `dbus:"Parent"`
+	Attempt      uint32    `dbus:"Attempt"`
+	Attempts     uint32    `dbus:"Attempts"`
+	NextTry      time.Time `dbus:"NextTry"`
 	Unit         string    `dbus:"Unit"`
 	Created      time.Time `dbus:"Created"`
 	Started      time.Time `dbus:"Started"`

@@ -381,7 +381,7 @@ func TestListPages(t *testing.T) {
 func TestJobs(t *testing.T) {
 	c, ctx := openNew(t), t.Context()
 	j := Job{ID: "j1", Kind: "backup", Domain: "d1", Repository: "r1", Backup: "b1", Spec: json.RawMessage(`{"full":true}`),
-		State: JobQueued, UID: 4294967294, Created: epoch}
+		State: JobQueued, UID: 4294967294, Created: epoch, Priority: 99, Origin: OriginSchedule, Schedule: "s1", Parent: "g1", Attempts: 3}
 	must(t, c.CreateJob(ctx, j))
 	mustBe(t, ErrExists, c.CreateJob(ctx, j))
 	mustBe(t, ErrState, c.RecordStep(ctx, Step{Job: "j1", Name: "early"}))
@@ -390,7 +390,7 @@ func TestJobs(t *testing.T) {
 	must(t, c.RecordStep(ctx, Step{Job: "j1", Name: "frozen", Data: json.RawMessage(`1`)}))
 	must(t, c.CancelJob(ctx, "j1"))
 	must(t, c.CancelJob(ctx, "j1"))
-	must(t, c.FailingJob(ctx, "j1", "Cancelled", "it was cancelled"))
+	must(t, c.FailingJob(ctx, "j1", "Cancelled", "it was cancelled", false))
 	for i := range maximumMessages + 5 {
 		must(t, c.AddJobMessage(ctx, "j1", Message{Time: epoch, Level: -4, Text: fmt.Sprint(i)}))
 	}
@@ -404,6 +404,7 @@ func TestJobs(t *testing.T) {
 	mustBe(t, ErrState, c.CancelJob(ctx, "j1"))
 	mustBe(t, ErrNotFound, c.CancelJob(ctx, "j9"))
 	j.State, j.Step, j.StepData, j.Undoing, j.Started = JobCancelled, "frozen", json.RawMessage(`1`), true, epoch
+	j.Attempt = 1
 	j.Result, j.ErrorName, j.ErrorMessage, j.Finished, j.Phase, j.Done, j.Total = end.Result, end.ErrorName, end.ErrorMessage, end.Finished, "copying", 3, 4
 	got, err := c.Job(ctx, "j1")
 	must(t, err)
@@ -414,6 +415,50 @@ func TestJobs(t *testing.T) {
 	must(t, err)
 	if len(messages) != maximumMessages || messages[0] != (Message{epoch, -4, "5"}) {
 		t.Errorf("%d messages from %+v", len(messages), messages[0])
+	}
+}
+
+func TestRetryJob(t *testing.T) {
+	c, ctx := openNew(t), t.Context()
+	for _, id := range []string{"j1", "j2"} {
+		must(t, c.CreateJob(ctx, Job{ID: id, Kind: "backup", Backup: "b1", Parent: "g", Attempts: 2, Created: epoch}))
+		must(t, c.StartJob(ctx, id, epoch))
+		must(t, c.RecordStep(ctx, Step{Job: id, Name: "frozen", Data: json.RawMessage(`1`)}))
+		must(t, c.FailingJob(ctx, id, "Unavailable", "it is away", true))
+	}
+	must(t, c.CancelJob(ctx, "j2"))
+	mustBe(t, ErrState, c.RetryJob(ctx, "j2", "b2", epoch))
+	must(t, c.RetryJob(ctx, "j1", "b2", epoch.Add(time.Minute)))
+	mustBe(t, ErrState, c.RetryJob(ctx, "j1", "b3", epoch))
+	want := Job{ID: "j1", Kind: "backup", Backup: "b2", Parent: "g", State: JobQueued, Origin: OriginUser, Attempts: 2, Attempt: 1,
+		ErrorName: "Unavailable", ErrorMessage: "it is away", NextTry: epoch.Add(time.Minute), Created: epoch}
+	children, err := c.ChildJobs(ctx, "g")
+	must(t, err)
+	if diff := cmp.Diff(want, children[0]); diff != "" || len(children) != 2 {
+		t.Errorf("%d children: %s", len(children), diff)
+	}
+	must(t, c.StartJob(ctx, "j1", epoch.Add(time.Hour)))
+	got, err := c.Job(ctx, "j1")
+	must(t, err)
+	if got.Attempt != 2 || !got.NextTry.IsZero() || got.Undoing || got.Again {
+		t.Errorf("got %+v", got)
+	}
+}
+
+// TestGroupsKeepTheirJobs has a group find what it has started, however long it takes.
+func TestGroupsKeepTheirJobs(t *testing.T) {
+	c, ctx := openNew(t), t.Context()
+	must(t, c.CreateJob(ctx, Job{ID: "g", Kind: "group", Created: epoch}))
+	must(t, c.CreateJob(ctx, Job{ID: "j", Kind: "backup", Parent: "g", Created: epoch}))
+	must(t, c.EndJob(ctx, "j", JobEnd{State: JobFailed, Finished: epoch.Add(time.Minute)}))
+	for _, want := range []int{1, 0} {
+		must(t, c.PruneJobs(ctx, epoch.Add(time.Hour), 100))
+		if children, err := c.ChildJobs(ctx, "g"); err != nil || len(children) != want {
+			t.Errorf("%+v are left, %v", children, err)
+		}
+		if want == 1 {
+			must(t, c.EndJob(ctx, "g", JobEnd{State: JobFailed, Finished: epoch.Add(2 * time.Hour)}))
+		}
 	}
 }
 

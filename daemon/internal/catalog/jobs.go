@@ -1,6 +1,7 @@
 package catalog
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"encoding/json"
@@ -25,6 +26,15 @@ const (
 // Ended says whether the state is final.
 func (s JobState) Ended() bool { return s == JobSucceeded || s == JobFailed || s == JobCancelled }
 
+// JobOrigin is who started a job.
+type JobOrigin string
+
+const (
+	OriginUser     JobOrigin = "user"
+	OriginSchedule JobOrigin = "schedule"
+	OriginSystem   JobOrigin = "system" // the daemon, on its own
+)
+
 // Job is a long operation.
 type Job struct {
 	ID           string
@@ -41,6 +51,14 @@ type Job struct {
 	ErrorName    string          // as in D-Bus, after "org.virtbackup1.Error."
 	ErrorMessage string
 	UID          uint32 // who asked for it
+	Priority     int    // 0 to 99: the higher goes first
+	Origin       JobOrigin
+	Schedule     string    // id of the one that started it; "" for none
+	Parent       string    // id of the group that it is of; "" for none
+	Attempts     int       // how often it may be tried
+	Attempt      int       // how often it was begun
+	Again        bool      // while it is undone: it is to be tried again then
+	NextTry      time.Time // not before
 	Created      time.Time
 	Started      time.Time
 	Finished     time.Time
@@ -59,12 +77,13 @@ type Message struct {
 const maximumMessages = 200
 
 const jobColumns = `id, kind, domain, repository, backup, spec, state, step, step_data, undoing, result, error_name, error_message, uid,
-	created, started, finished, phase, done, total`
+	priority, origin, schedule, parent, attempts, attempt, again, next_try, created, started, finished, phase, done, total`
 
 func scanJob(from row) (j Job, err error) {
 	var spec, data, result string
 	err = from.Scan(&j.ID, &j.Kind, &j.Domain, &j.Repository, &j.Backup, &spec, &j.State, &j.Step, &data, &j.Undoing, &result,
-		&j.ErrorName, &j.ErrorMessage, &j.UID, timestamp{&j.Created}, timestamp{&j.Started}, timestamp{&j.Finished},
+		&j.ErrorName, &j.ErrorMessage, &j.UID, &j.Priority, &j.Origin, &j.Schedule, &j.Parent, &j.Attempts, &j.Attempt, &j.Again, timestamp{&j.NextTry},
+		timestamp{&j.Created}, timestamp{&j.Started}, timestamp{&j.Finished},
 		&j.Phase, &j.Done, &j.Total)
 	j.Spec, j.StepData, j.Result = raw(spec), raw(data), raw(result)
 	return j, err
@@ -81,9 +100,10 @@ func raw(s string) json.RawMessage {
 func (c *Catalog) CreateJob(ctx context.Context, j Job) error {
 	return c.write(ctx, "create job "+j.ID, func(tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, `INSERT INTO jobs (id, kind, domain, repository, backup, spec, state, step, step_data, undoing, result,
-			error_name, error_message, uid, created, started, finished, phase, done, total)
-			VALUES (?, ?, ?, ?, ?, ?, 'queued', '', '', 0, '', '', '', ?, ?, 0, 0, '', 0, 0)`,
-			j.ID, j.Kind, j.Domain, j.Repository, j.Backup, string(j.Spec), j.UID, toMicro(j.Created))
+			error_name, error_message, uid, priority, origin, schedule, parent, attempts, created, started, finished, phase, done, total)
+			VALUES (?, ?, ?, ?, ?, ?, 'queued', '', '', 0, '', '', '', ?, ?, ?, ?, ?, ?, ?, 0, 0, '', 0, 0)`,
+			j.ID, j.Kind, j.Domain, j.Repository, j.Backup, string(j.Spec), j.UID,
+			j.Priority, cmp.Or(j.Origin, OriginUser), j.Schedule, j.Parent, max(j.Attempts, 1), toMicro(j.Created))
 		return err
 	})
 }
@@ -91,7 +111,7 @@ func (c *Catalog) CreateJob(ctx context.Context, j Job) error {
 // StartJob records that a queued job runs. ErrState: it is not queued.
 func (c *Catalog) StartJob(ctx context.Context, id string, started time.Time) error {
 	return c.write(ctx, "start job "+id, func(tx *sql.Tx) error {
-		return changeJob(ctx, tx, id, "state = 'queued'", "state = 'running', started = ?", toMicro(started))
+		return changeJob(ctx, tx, id, "state = 'queued'", "state = 'running', attempt = attempt + 1, next_try = 0, started = ?", toMicro(started))
 	})
 }
 
@@ -112,11 +132,31 @@ func (c *Catalog) CancelJob(ctx context.Context, id string) error {
 }
 
 // FailingJob records why a job is about to fail or be cancelled. From now on
-// its work is being undone, also after a restart.
-func (c *Catalog) FailingJob(ctx context.Context, id, name, message string) error {
+// its work is being undone, also after a restart; then it may be tried again.
+func (c *Catalog) FailingJob(ctx context.Context, id, name, message string, again bool) error {
 	return c.write(ctx, "record failure of job "+id, func(tx *sql.Tx) error {
-		return changeJob(ctx, tx, id, "finished = 0", "undoing = 1, error_name = ?, error_message = ?", name, message)
+		return changeJob(ctx, tx, id, "finished = 0", "undoing = 1, error_name = ?, error_message = ?, again = ?", name, message, again)
 	})
+}
+
+// RetryJob puts a job that failed, and was undone, back into the queue, for
+// another try that is not begun before a time. Its error stays known until it
+// ends. backup is what it is about from now on. ErrState: it is not running, as
+// when it was cancelled meanwhile.
+func (c *Catalog) RetryJob(ctx context.Context, id, backup string, next time.Time) error {
+	return c.write(ctx, "try job again "+id, func(tx *sql.Tx) error {
+		return changeJob(ctx, tx, id, "state = 'running'",
+			"state = 'queued', step = '', step_data = '', undoing = 0, again = 0, started = 0, backup = ?, next_try = ?", backup, toMicro(next))
+	})
+}
+
+// ChildJobs returns the jobs of a group, oldest first.
+func (c *Catalog) ChildJobs(ctx context.Context, parent string) (list []Job, err error) {
+	err = c.read(ctx, "list jobs of group "+parent, func(tx *sql.Tx) (err error) {
+		list, err = collect(ctx, tx, scanJob, "SELECT "+jobColumns+" FROM jobs WHERE parent = ? ORDER BY id", parent)
+		return err
+	})
+	return list, err
 }
 
 // JobEnd is how a job ended.
@@ -168,6 +208,7 @@ func (c *Catalog) Job(ctx context.Context, id string) (j Job, err error) {
 type JobFilter struct {
 	Kind   string
 	Domain string // UUID
+	Parent string // id of a group
 	States []JobState
 	// Unfinished selects those that have not ended.
 	Unfinished bool
@@ -180,6 +221,7 @@ func (c *Catalog) ListJobs(ctx context.Context, f JobFilter, p Page) (list []Job
 	var q conditions
 	q.equal("kind", f.Kind)
 	q.equal("domain", f.Domain)
+	q.equal("parent", f.Parent)
 	oneOf(&q, "state", f.States)
 	if f.Unfinished {
 		q.add("finished = 0")
@@ -204,11 +246,12 @@ func (c *Catalog) UnfinishedJobs(ctx context.Context) (list []Job, err error) {
 }
 
 // PruneJobs forgets jobs that ended before a time, and of the others all but the
-// newest so many. Jobs that have not ended stay.
+// newest so many. Jobs that have not ended stay, and so do those of their groups.
 func (c *Catalog) PruneJobs(ctx context.Context, before time.Time, keep int) error {
 	return c.write(ctx, "forget old jobs", func(tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, `DELETE FROM jobs WHERE finished <> 0 AND (finished < ? OR (finished, id) <=
-			(SELECT finished, id FROM jobs WHERE finished <> 0 ORDER BY finished DESC, id DESC LIMIT 1 OFFSET ?))`, toMicro(before), keep)
+			(SELECT finished, id FROM jobs WHERE finished <> 0 ORDER BY finished DESC, id DESC LIMIT 1 OFFSET ?))
+			AND NOT EXISTS (SELECT 1 FROM jobs AS groups WHERE groups.id = jobs.parent AND groups.finished = 0)`, toMicro(before), keep)
 		return err
 	})
 }

@@ -1,6 +1,7 @@
 package job
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -114,7 +115,8 @@ func (e *Engine) Submit(ctx context.Context, r Request) (Status, error) {
 		return Status{}, fmt.Errorf("cannot start job %q: %w", r.Kind, err)
 	}
 	j := catalog.Job{ID: ulid.Make().String(), Kind: r.Kind, Domain: r.Domain, Repository: r.Repository, Backup: r.Backup,
-		Spec: spec, State: catalog.JobQueued, UID: r.UID, Created: time.Now()}
+		Spec: spec, State: catalog.JobQueued, UID: r.UID, Created: time.Now(),
+		Priority: *cmp.Or(r.Priority, new(NormalPriority)), Origin: cmp.Or(r.Origin, catalog.OriginUser), Schedule: r.Schedule, Parent: r.Parent, Attempts: max(r.Attempts, 1)}
 	if err := e.catalog.CreateJob(ctx, j); err != nil {
 		return Status{}, err
 	}

@@ -54,12 +54,20 @@ const (
 // Request asks for a job.
 type Request struct {
 	Kind       string
-	Domain     string // UUID: jobs of one domain run one after another; "" for none
-	Repository string // id, for the bound of jobs per repository; "" for none
-	Backup     string // id, if it is about one
-	Spec       any    // kept as JSON
-	UID        uint32 // who asks
+	Domain     string            // UUID: jobs of one domain run one after another; "" for none
+	Repository string            // id, for the bound of jobs per repository; "" for none
+	Backup     string            // id, if it is about one
+	Spec       any               // kept as JSON
+	UID        uint32            // who asks
+	Priority   *int              // 0 to 99: the higher goes first, but not before older jobs of its domain; nil for NormalPriority
+	Origin     catalog.JobOrigin // "" for a user
+	Schedule   string            // id of the one that starts it
+	Parent     string            // id of the group that it is of
+	Attempts   int               // how often it may be tried when what it fails of may pass; 0 for once
 }
+
+// NormalPriority is that of a job that is neither urgent nor can wait.
+const NormalPriority = 50
 
 // Limits bound how many jobs there are. 0 is no bound.
 type Limits struct {
@@ -83,6 +91,8 @@ type Status struct {
 	catalog.Job
 	Rate float64       // bytes per second, smoothed; 0 when not known
 	ETA  time.Duration // until the phase's end; 0 when not known
+	// Waiting is why it does not go on; "" when it does.
+	Waiting string
 }
 
 // Handle is a running job's side of the engine.

@@ -59,7 +59,7 @@ func (e *Engine) execute(ctx context.Context, en *entry) {
 		why = reason(ctx, h, why.err)
 		// On disk before anything is undone: Run must not meet what Undo has begun to remove.
 		if e.insist(func(ctx context.Context) error {
-			return e.catalog.FailingJob(ctx, h.job.ID, why.name, why.err.Error())
+			return e.catalog.FailingJob(ctx, h.job.ID, why.name, why.err.Error(), false)
 		}) != nil {
 			return
 		}

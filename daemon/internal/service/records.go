@@ -229,7 +229,8 @@ func (n *names) job(ctx context.Context, st job.Status, warnings []string) (dbus
 	p := dbus.JobProperties{
 		ID: st.ID, Operation: dbus.Operation(st.Kind), State: dbus.JobState(st.State), Phase: st.Phase,
 		BytesDone: st.Done, BytesTotal: st.Total, Rate: uint64(st.Rate), DomainUUID: st.Domain, Backup: st.Backup,
-		ErrorMessage: st.ErrorMessage, UID: st.UID, Unit: supervise.UnitName(st.ID),
+		ErrorMessage: st.ErrorMessage, UID: st.UID, Waiting: st.Waiting, Priority: uint32(st.Priority), Origin: dbus.JobOrigin(st.Origin),
+		Schedule: st.Schedule, Parent: st.Parent, Attempt: uint32(st.Attempt), Attempts: uint32(st.Attempts), NextTry: st.NextTry, Unit: supervise.UnitName(st.ID),
 		Created: st.Created, Started: st.Started, Finished: st.Finished,
 	}
 	if st.ErrorName != "" {

@@ -72,6 +72,16 @@ CREATE UNIQUE INDEX schedule_runs_one_running ON schedule_runs (schedule) WHERE 
 
 -- == jobs and groups
 
+ALTER TABLE jobs ADD COLUMN priority INTEGER NOT NULL DEFAULT 50; -- 0 to 99: the higher goes first
+ALTER TABLE jobs ADD COLUMN origin TEXT NOT NULL DEFAULT 'user' CHECK (origin IN ('user', 'schedule', 'system'));
+ALTER TABLE jobs ADD COLUMN schedule TEXT NOT NULL DEFAULT ''; -- id of the one that started it; no reference, as of what else it is about
+ALTER TABLE jobs ADD COLUMN parent TEXT NOT NULL DEFAULT ''; -- the group that it is of
+ALTER TABLE jobs ADD COLUMN attempts INTEGER NOT NULL DEFAULT 1; -- how often it may be tried
+ALTER TABLE jobs ADD COLUMN attempt INTEGER NOT NULL DEFAULT 0; -- how often it was begun
+ALTER TABLE jobs ADD COLUMN again INTEGER NOT NULL DEFAULT 0; -- while it is undone: it is to be tried again then
+ALTER TABLE jobs ADD COLUMN next_try INTEGER NOT NULL DEFAULT 0; -- not before; 0 for at once
+CREATE INDEX jobs_parent ON jobs (parent, id);
+
 
 -- == quotas
 

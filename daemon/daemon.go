@@ -37,6 +37,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/retention"
 	"github.com/virtbackup/virtbackup/daemon/internal/schedule"
 	"github.com/virtbackup/virtbackup/daemon/internal/service"
+	"github.com/virtbackup/virtbackup/daemon/internal/share"
 	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
 	"github.com/virtbackup/virtbackup/daemon/internal/verification"
 	"github.com/virtbackup/virtbackup/dbus"
@@ -73,6 +74,7 @@ type app struct {
 	catalog    *catalog.Catalog
 	hypervisor *hypervisor.Hypervisor
 	lifecycle  *lifecycle.Keeper
+	workers    *supervise.Supervisor
 	units      *jobunit.Manager
 	timers     *timer.Manager
 	server     *bus.Server
@@ -156,13 +158,14 @@ func (a *app) connect(ctx context.Context) (*hypervisor.Hypervisor, error) {
 // wire makes the kinds of jobs, the engine that runs them, and the service.
 func (a *app) wire() {
 	c := a.settings.Load()
-	supervisor := supervise.New(a.units, supervise.Options{
+	a.workers = supervise.New(a.units, supervise.Options{
+		Rates:     a.rates,
 		Directory: filepath.Join(c.Daemon.RuntimeDirectory, "jobs"), Worker: workerProgram, StopAfter: stopWorker, Log: a.log,
 	})
 	a.lifecycle = lifecycle.New(lifecycle.Deps{
 		Catalog: a.catalog, Domains: a.hypervisor, SpoolDirectory: spool.Directory, HookPath: hookProgram, Log: a.log,
 	})
-	errands := errand.Sender{Supervisor: supervisor, Limits: a.limits, KeyFile: a.keyPath()}
+	errands := errand.Sender{Supervisor: a.workers, Limits: a.limits, KeyFile: a.keyPath()}
 	overlays := &overlay.Keeper{Hypervisor: a.hypervisor, Catalog: a.catalog, Lifecycle: a.lifecycle, Log: a.log}
 	a.backup = backup.New(backup.Deps{
 		Overlays: overlays,
@@ -391,7 +394,7 @@ func (a *app) reloadOnHangup(ctx context.Context) {
 }
 
 // reload puts a new configuration in force. What only a restart can change is refused.
-func (a *app) reload(context.Context) (*config.Config, error) {
+func (a *app) reload(ctx context.Context) (*config.Config, error) {
 	c, err := config.Load(a.path)
 	if err != nil {
 		return nil, err
@@ -402,6 +405,9 @@ func (a *app) reload(context.Context) (*config.Config, error) {
 	}
 	a.level.Set(c.Daemon.LogLevel.Slog())
 	a.settings.Store(c)
+	if err := a.workers.Apply(ctx, a.limits()); err != nil {
+		a.log.Warn("some jobs that run go on with the limits they had", "error", err)
+	}
 	return c, nil
 }
 
@@ -417,6 +423,15 @@ func (a *app) limits() jobunit.Limits {
 	l := a.settings.Load().Limits
 	return jobunit.Limits{
 		CPUWeight: uint64(l.CPUWeight), CPUQuota: uint64(l.CPUQuota), IOWeight: uint64(l.IOWeight), MemoryMax: uint64(l.MemoryMax),
+	}
+}
+
+// rates are what all workers share.
+func (a *app) rates() share.Rates {
+	const megabyte = 1_000_000
+	l := a.settings.Load().Limits
+	return share.Rates{
+		Job: uint64(l.RatePerJob) * megabyte, Repository: uint64(l.RatePerRepository) * megabyte, Host: uint64(l.RatePerHost) * megabyte,
 	}
 }
 

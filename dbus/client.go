@@ -162,7 +162,7 @@ type Objects struct {
 	Repositories []RepositoryProperties
 	Offerings    []OfferingProperties
 	Schedules    []ScheduleProperties
-	Domains      []DomainProperties
+	Domains      []string // UUIDs; Client.Domains tells the rest
 	Jobs         []JobProperties
 }
 
@@ -180,9 +180,12 @@ func (c *Client) Objects(ctx context.Context) (Objects, error) {
 	var errs []error
 	for _, path := range sortedKeys(byPath) {
 		interfaces := byPath[path]
+		if ref, ok := ParsePath(godbus.ObjectPath(path)); ok && ref.Kind == KindDomain {
+			o.Domains = append(o.Domains, ref.ID)
+		}
 		errs = append(errs,
 			appendRecord(&o.Repositories, interfaces), appendRecord(&o.Offerings, interfaces), appendRecord(&o.Schedules, interfaces),
-			appendRecord(&o.Domains, interfaces), appendRecord(&o.Jobs, interfaces))
+			appendRecord(&o.Jobs, interfaces))
 	}
 	return o, errors.Join(errs...)
 }

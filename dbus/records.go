@@ -10,6 +10,15 @@ type Record interface {
 	Details() map[string]string
 }
 
+// Bare stands for an object of which only is told that it is there.
+type Bare Ref
+
+// Ref names the object.
+func (b Bare) Ref() Ref { return Ref(b) }
+
+// Details has nothing to tell.
+func (Bare) Details() map[string]string { return map[string]string{} }
+
 // ManagerProperties are those of org.virtbackup1.Manager.
 type ManagerProperties struct {
 	Version          string    `dbus:"Version"`

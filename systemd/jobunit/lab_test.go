@@ -420,3 +420,40 @@ func TestWaitEndsWithItsContext(t *testing.T) {
 	}
 	ended(t, m, u)
 }
+
+// TestLimitsChangeWhileItRuns gives a unit other limits, and none, and leaves
+// nothing of that behind.
+func TestLimitsChangeWhileItRuns(t *testing.T) {
+	m, out := manager(t), t.TempDir()
+	u := shell(t, out, "touch started && sleep 60")
+	u.Limits = Limits{CPUWeight: 50, IOWeight: 50, MemoryMax: 1 << 30}
+	begin(t, m, out, u)
+	for want, l := range map[string]Limits{
+		"CPUWeight=200 CPUQuotaPerSecUSec=500ms IOWeight=30 MemoryMax=536870912":                {CPUWeight: 200, CPUQuota: 50, IOWeight: 30, MemoryMax: 512 << 20},
+		"CPUWeight=[not set] CPUQuotaPerSecUSec=infinity IOWeight=[not set] MemoryMax=infinity": {},
+	} {
+		if err := m.SetLimits(t.Context(), u.Name, l); err != nil {
+			t.Fatal(err)
+		}
+		got, err := exec.Command("systemctl", "show", u.Name, "-p", "CPUWeight", "-p", "CPUQuotaPerSecUSec", "-p", "IOWeight", "-p", "MemoryMax").Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, property := range strings.Split(strings.ReplaceAll(want, "[not set]", "[not.set]"), " ") {
+			if property = strings.ReplaceAll(property, "[not.set]", "[not set]"); !strings.Contains(string(got), property+"\n") {
+				t.Errorf("%s is not in %q", property, got)
+			}
+		}
+	}
+	if err := m.Stop(t.Context(), u.Name); err != nil {
+		t.Fatal(err)
+	}
+	ended(t, m, u)
+	left, err := filepath.Glob("/run/systemd/*/" + u.Name + "*")
+	if err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+	if err := m.SetLimits(t.Context(), u.Name, u.Limits); err != nil {
+		t.Errorf("of a unit that has ended: %v", err)
+	}
+}

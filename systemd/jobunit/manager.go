@@ -239,6 +239,19 @@ func (m *Manager) Kill(ctx context.Context, name string) error {
 	return nil
 }
 
+// SetLimits changes the limits of a unit that runs. A unit that is not known has ended: no error.
+func (m *Manager) SetLimits(ctx context.Context, name string, l Limits) error {
+	conn, err := m.connection()
+	if err != nil {
+		return err
+	}
+	err = conn.SetUnitPropertiesContext(ctx, name, true, l.changed()...)
+	if err != nil && errorName(err) != noSuchUnit {
+		return fmt.Errorf("cannot change the limits of unit %s: %w", name, err)
+	}
+	return nil
+}
+
 // Forget lets systemd drop a failed unit. A unit that is not known is no error.
 func (m *Manager) Forget(ctx context.Context, name string) error {
 	conn, err := m.connection()

@@ -162,6 +162,21 @@ func (l Limits) properties() []systemd.Property {
 	return p
 }
 
+// changed is the same for a unit that runs: what has no limit now may have had one.
+func (l Limits) changed() []systemd.Property {
+	const none = ^uint64(0) // as systemd has it
+	for _, value := range []*uint64{&l.CPUWeight, &l.IOWeight, &l.MemoryMax} {
+		if *value == 0 {
+			*value = none
+		}
+	}
+	p := l.properties()
+	if l.CPUQuota == 0 {
+		p = append(p, property("CPUQuotaPerSecUSec", none))
+	}
+	return p
+}
+
 // literal keeps systemd from expanding variables in a command's arguments: see "Command lines" in systemd.service(5).
 func literal(command []string) []string {
 	escaped := slices.Clone(command)

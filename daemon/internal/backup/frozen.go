@@ -41,7 +41,7 @@ func (r frozen) overlay(k Disk) string { return overlay.Name(k.Own.Source, r.Pla
 
 func (r frozen) prepare(context.Context) error {
 	for _, k := range r.Plan.Disks {
-		if err := checkFree(filepath.Dir(k.Own.Source), r.Settings().MinimumFreeScratch); err != nil {
+		if err := checkFree(filepath.Dir(k.Own.Source), r.Settings().MinimumFreeScratch, nil); err != nil {
 			return err
 		}
 	}

@@ -61,6 +61,7 @@ type Disk struct {
 	Changes   chain.Tracking // how an increment's are found: CBT, Snapshot or Digest; "" for a full image
 	Cause     chain.Cause    // why it is not an increment by CBT or Snapshot; "" if it is
 	Tracking  chain.Tracking
+	Expected  uint64 // bytes that its image will take, as far as that can be told
 	Container string // format of an encrypted image that is copied as it is, see container; "" for others
 }
 
@@ -129,12 +130,21 @@ func newPlan(f facts) (Plan, error) {
 		if d.Base != "" {
 			p.Base = d.Base
 		}
+		one.Expected = expect(one.Kind, p.written(), disks[i], f.tip())
 		if d.Tracking == chain.Snapshot {
 			p.Source, one.Stack = sourceFrozen, f.stacked[d.Target].stack
 		}
 		p.Disks = append(p.Disks, one)
 	}
 	return p, nil
+}
+
+// tip is the newest backup of the chain before; nil if there is none.
+func (f facts) tip() *catalog.Backup {
+	if f.last == nil {
+		return nil
+	}
+	return f.last.Tip
 }
 
 // wholeSectors rounds up as QEMU does: its block devices have whole sectors,

@@ -7,7 +7,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
+
+	"github.com/virtbackup/virtbackup/dbus"
 )
 
 func TestMakeImage(t *testing.T) {
@@ -97,5 +100,31 @@ func TestClaim(t *testing.T) {
 	release()
 	if err := <-waited; err != nil {
 		t.Errorf("the one who waited got %v", err)
+	}
+}
+
+func TestScratchIsSetAside(t *testing.T) {
+	for want, used := range map[uint64][]uint64{100: nil, 200: {0}, 230: {70, 0, 200}, 101: {99, 100}} {
+		if got := setAsideNow(100, used); got != want {
+			t.Errorf("%v: %d, want %d", used, got, want)
+		}
+	}
+	directory := t.TempDir()
+	k := New(Deps{})
+	if err := k.setAside(filepath.Join(directory, "one"), 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(directory, "one", "vda.qcow2"), make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := allocated(filepath.Join(directory, "one")); got < 1<<20 {
+		t.Errorf("%d bytes are allocated", got)
+	}
+	err := k.setAside(filepath.Join(directory, "two"), 1<<60)
+	if !errors.Is(err, dbus.ErrLimitsExceeded) || !strings.Contains(err.Error(), "for each of 2 backups") {
+		t.Errorf("space that nobody has was set aside: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(directory, "two")); err == nil {
+		t.Error("a directory was made")
 	}
 }

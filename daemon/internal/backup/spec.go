@@ -26,7 +26,7 @@ func (p Plan) scratch(directory, target string) string {
 func (p Plan) backupSpec(version string, from server) *transfer.BackupSpec {
 	b := &transfer.BackupSpec{
 		Confirm: from.confirm, Manifest: p.manifest(version), Compression: p.written(), Level: p.Level, Threads: p.Threads,
-		Files: p.files(),
+		Files: p.files(), Expected: p.expected(),
 	}
 	if b.Compression == string(dbus.CompressionNone) {
 		b.Level = 0

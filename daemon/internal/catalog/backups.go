@@ -178,6 +178,10 @@ func (f BackupFilter) query(p Page) (string, []any) {
 	q.equal("kind", string(f.Kind))
 	q.states(f.States)
 	q.window(f.Since, f.Until)
+	if !f.Until.IsZero() {
+		// What is newer need not be looked at, one by one, to find that it is.
+		q.add("id <= (SELECT max(id) FROM backups WHERE created < ?)", toMicro(f.Until))
+	}
 	q.after(p)
 	return "SELECT " + backupColumns + " FROM backups" + q.where() + " ORDER BY id DESC LIMIT ?", append(q.args, p.limit())
 }

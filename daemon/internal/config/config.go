@@ -60,6 +60,9 @@ type Limits struct {
 	CPUQuota                    int // percent of one CPU; 0: no bound
 	MemoryMax                   Size
 	IOWeight                    int // as systemd's IOWeight=
+	RatePerJob                  int // MB/s that it may read from guests' disks, and as much that it may write; 0: no bound
+	RatePerRepository           int
+	RatePerHost                 int
 	MinimumFreeRepository       Size
 	MinimumFreeScratch          Size
 }

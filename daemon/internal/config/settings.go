@@ -41,8 +41,11 @@ func (c *Config) settings() []setting {
 		number("limits.cpu_quota", &l.CPUQuota, 0, 100000, "The CPUQuota= of each job's service in percent of one CPU; 0 for no limit."),
 		size("limits.memory_max", &l.MemoryMax, 128*mebibyte, "The MemoryMax= of each job's service, page cache included."),
 		number("limits.io_weight", &l.IOWeight, 1, 10000, "The IOWeight= of each job's service; systemd's default for others is 100."),
-		size("limits.minimum_free_repository", &l.MinimumFreeRepository, 0, "A backup fails before it leaves less than this free in its repository."),
-		size("limits.minimum_free_scratch", &l.MinimumFreeScratch, 0, "A backup is not started when less than this is free below backup.scratch_directory."),
+		number("limits.rate_per_job", &l.RatePerJob, 0, mostRate, "How many MB (1,000,000 bytes) a backup may read from the guest's disks per second, and as many that it may write to the repository; 0 for no limit. A backup that runs takes a new value up within a second."),
+		number("limits.rate_per_repository", &l.RatePerRepository, 0, mostRate, "The same for all backups that write to the same repository, which share it."),
+		number("limits.rate_per_host", &l.RatePerHost, 0, mostRate, "The same for all backups of the host. What one of them may not use because of the other limits is for the others."),
+		size("limits.minimum_free_repository", &l.MinimumFreeRepository, 0, "A backup fails before it leaves less than this free in its repository. It is not begun if what it is expected to take, and what those being made still take, would not leave this free."),
+		size("limits.minimum_free_scratch", &l.MinimumFreeScratch, 0, "How much of the space below backup.scratch_directory is set aside for each backup of a running domain. One is not started when that, and what the others have set aside and not used yet, is not free."),
 
 		directory("backup.scratch_directory", &b.ScratchDirectory, "Where QEMU puts the old contents of blocks that a guest overwrites during a backup. Has to be on a local disk."),
 
@@ -54,6 +57,9 @@ func (c *Config) settings() []setting {
 		number("retention.most_at_once", &c.Retention.MostAtOnce, 1, 100000, "How many backups of a domain in a repository retention removes after one backup at most. \"virtbackupctl prune\" has no such limit."),
 	}
 }
+
+// mostRate is more than any storage takes, in MB/s.
+const mostRate = 1_000_000
 
 const allowedDirectory = "an absolute path without \"..\", not \"/\""
 

@@ -59,8 +59,14 @@ func (k *Keeper) Hook(ctx context.Context) (HookState, error) {
 	return s, nil
 }
 
-// lastTold is the domain that the hook told of last.
+// lastTold is what the hook told last. The catalog is asked for it once: it has
+// an entry for each domain.
 func (k *Keeper) lastTold(ctx context.Context) (last entry, err error) {
+	if known := k.last.Load(); known != nil {
+		return *known, nil
+	}
+	k.mu.Lock() // nothing is told meanwhile
+	defer k.mu.Unlock()
 	all, err := k.Catalog.TrackedDomains(ctx)
 	if err != nil {
 		return last, err
@@ -74,6 +80,7 @@ func (k *Keeper) lastTold(ctx context.Context) (last entry, err error) {
 			last = e
 		}
 	}
+	k.last.Store(&last)
 	return last, nil
 }
 

@@ -20,6 +20,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
@@ -52,6 +53,7 @@ type Keeper struct {
 	Deps
 	mu      sync.Mutex
 	working map[string]chan struct{} // by UUID: the domains that OwnWork is at; closed when it is done
+	last    atomic.Pointer[entry]    // what the hook told last; nil until somebody asked
 }
 
 // New makes a Keeper.
@@ -165,7 +167,13 @@ func (k *Keeper) take(ctx context.Context, r spool.Entry) error {
 	var found []Finding
 	e.Known, found = Next(e.Known, r.Record)
 	e.Record, e.Told, e.Libvirt = r.Number, r.Record.Time, r.Record.Libvirt
-	return k.save(ctx, r.Record.Domain, e, found, time.UnixMicro(r.Record.Time))
+	if err := k.save(ctx, r.Record.Domain, e, found, time.UnixMicro(r.Record.Time)); err != nil {
+		return err
+	}
+	if last := k.last.Load(); last != nil && e.Told > last.Told {
+		k.last.Store(&e)
+	}
+	return nil
 }
 
 // forgetAll makes everything unknown, so that the next word of each domain

@@ -63,9 +63,6 @@ func (s *Service) view(ctx context.Context, uuid string) (view, error) {
 // uuids are those of libvirt's domains, and of those known only by their backups.
 func (v view) uuids() []string {
 	all := maps.Clone(v.summaries)
-	if all == nil {
-		all = map[string]catalog.Summary{}
-	}
 	for uuid := range v.live {
 		all[uuid] = catalog.Summary{}
 	}
@@ -132,7 +129,7 @@ func (v view) disks(uuid string) (all []dbus.DomainDisk, err error) {
 }
 
 // record describes a domain.
-func (v view) record(_ context.Context, uuid string) (dbus.DomainProperties, error) {
+func (v view) record(uuid string) (dbus.DomainProperties, error) {
 	p, err := v.domain(uuid)
 	if err != nil {
 		return p, err
@@ -146,15 +143,30 @@ func (s *Service) domainRecord(ctx context.Context, uuid string) (dbus.DomainPro
 	if err != nil {
 		return dbus.DomainProperties{}, err
 	}
-	return v.record(ctx, uuid)
+	return v.record(uuid)
 }
 
+// allDomains tells which domains there are, and no more: there may be a thousand,
+// and who wants to know about them asks ListDomains.
 func (s *Service) allDomains(ctx context.Context) ([]dbus.Record, error) {
-	v, err := s.view(ctx, "")
+	known, err := s.Catalog.Domains(ctx, "")
 	if err != nil {
 		return nil, err
 	}
-	return records(ctx, v.uuids(), v.record)
+	uuids := map[string]bool{}
+	for _, d := range known {
+		uuids[d.UUID] = true
+	}
+	s.mu.Lock()
+	for uuid := range s.domains {
+		uuids[uuid] = true
+	}
+	s.mu.Unlock()
+	var all []dbus.Record
+	for uuid := range uuids {
+		all = append(all, dbus.Bare{Kind: dbus.KindDomain, ID: uuid})
+	}
+	return all, nil
 }
 
 // ListDomains returns one page of domains.

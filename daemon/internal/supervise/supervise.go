@@ -20,11 +20,13 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/oklog/ulid/v2"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
+	"github.com/virtbackup/virtbackup/daemon/internal/share"
 	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
 	"github.com/virtbackup/virtbackup/systemd/jobunit"
 )
@@ -54,13 +56,17 @@ type Options struct {
 	Directory string        // of the job directories, normally /run/virtbackup/jobs
 	Worker    string        // path of virtbackup-worker
 	StopAfter time.Duration // that a worker has to end and clean up when it is asked to, before it is killed
-	Log       *slog.Logger
+	// Rates are those that all workers share, as configured now; nil for no bounds.
+	Rates func() share.Rates
+	Log   *slog.Logger
 }
 
 // Supervisor looks after the workers of this host. It is safe for concurrent use; one caller at a time per job.
 type Supervisor struct {
 	units *jobunit.Manager
 	Options
+
+	sharing sync.Mutex // of what workers have together: rates, and space in repositories
 }
 
 // New makes a Supervisor.
@@ -105,7 +111,7 @@ func (s *Supervisor) Start(ctx context.Context, spec transfer.Spec, limits jobun
 	if w, err = s.worker(spec.Job); err != nil {
 		return nil, err
 	}
-	if err := w.prepare(spec); err != nil {
+	if spec, err = w.prepare(spec); err != nil {
 		return nil, fmt.Errorf("cannot make the directory of job %s: %w", w.id, err)
 	}
 	if err := s.units.Start(ctx, w.asUnit(spec, limits)); err != nil {
@@ -117,7 +123,29 @@ func (s *Supervisor) Start(ctx context.Context, spec transfer.Spec, limits jobun
 	return w, nil
 }
 
-func (w *Worker) prepare(spec transfer.Spec) error {
+// prepare makes the job's directory, and gives the worker its share.
+func (w *Worker) prepare(spec transfer.Spec) (transfer.Spec, error) {
+	w.s.sharing.Lock()
+	defer w.s.sharing.Unlock()
+	if err := w.makeDirectory(); err != nil {
+		return spec, err
+	}
+	working, err := w.s.working()
+	if err != nil {
+		return spec, err
+	}
+	spec.Version = transfer.SpecVersion
+	if shares(spec) {
+		spec.Repository.Promised = promised(working, spec)
+		working = append(working, atWork{w.directory, spec})
+	}
+	if err := transfer.WriteSpec(w.directory, &spec); err != nil {
+		return spec, err
+	}
+	return spec, w.s.divide(working)
+}
+
+func (w *Worker) makeDirectory() error {
 	if err := os.MkdirAll(w.s.Directory, 0o700); err != nil {
 		return err
 	}
@@ -128,11 +156,7 @@ func (w *Worker) prepare(spec transfer.Spec) error {
 	if err := os.Mkdir(w.directory, 0o700); err != nil {
 		return err
 	}
-	if err := os.Mkdir(filepath.Join(w.directory, rootName), 0o755); err != nil {
-		return err
-	}
-	spec.Version = transfer.SpecVersion
-	return transfer.WriteSpec(w.directory, &spec)
+	return os.Mkdir(filepath.Join(w.directory, rootName), 0o755)
 }
 
 // undo takes back a start that failed or was cancelled.
@@ -250,7 +274,7 @@ func (s *Supervisor) Forget(ctx context.Context, id string) error {
 	if err := os.RemoveAll(w.directory); err != nil {
 		return fmt.Errorf("cannot remove the directory of job %s: %w", id, err)
 	}
-	return nil
+	return s.Share()
 }
 
 // Leftover is what there is of the worker of one job.

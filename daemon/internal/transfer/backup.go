@@ -39,7 +39,7 @@ func (w *worker) backup(ctx context.Context) (err error) {
 		return err
 	}
 	defer b.repo.Close()
-	if err := b.space(); err != nil {
+	if err := b.room(); err != nil {
 		return err
 	}
 	if b.claim, err = b.repo.Claim(b.Manifest.Domain.UUID, b.Manifest.Backup); err != nil {
@@ -91,6 +91,21 @@ func (b *backup) guard(ctx context.Context, make func(context.Context) error) er
 		}
 	})
 	return make(ctx)
+}
+
+// room fails if what the backup is expected to take is not there, beside what
+// must stay free and what others take that are being made.
+func (b *backup) room() error {
+	free, _, err := b.repo.Space()
+	if err != nil {
+		return inRepository(err)
+	}
+	r := b.spec.Repository
+	if least := r.MinimumFree + r.Promised + b.Expected; free < least {
+		return fail(ClassFull, "the repository %q has %d MiB free: the backup is expected to take %d MiB, those being made take %d MiB more, and %d MiB must stay free",
+			r.Name, free>>20, b.Expected>>20, r.Promised>>20, r.MinimumFree>>20)
+	}
+	return nil
 }
 
 // space fails if less is free in the repository than must stay free.

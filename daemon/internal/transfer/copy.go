@@ -160,14 +160,15 @@ func (d *diskCopy) begin(ctx context.Context, p planner) error {
 	if p.changes != nil {
 		d.count.dirty.Store(total)
 	}
-	return d.open()
+	return d.open(ctx)
 }
 
-// open starts the image and the digests.
-func (d *diskCopy) open() error {
+// open starts the image and the digests. The context is that of the copy.
+func (d *diskCopy) open(ctx context.Context) error {
 	var err error
 	d.ahead = newWriteback(d.image)
-	d.writer, err = qcow2.NewWriter(countingFile{d.ahead, d.count}, qcow2.WriterOptions{
+	to := throttledFile{countingFile{d.ahead, d.count}, ctx, d.throttle.writes}
+	d.writer, err = qcow2.NewWriter(to, qcow2.WriterOptions{
 		Size: d.spec.Size, ClusterSize: clusterSize, Backing: d.Manifest.Backing(*d.entry),
 		Compression: qcow2.Compression(d.Compression), Level: d.Level, Threads: d.threads(),
 	})
@@ -211,6 +212,9 @@ func (d *diskCopy) produce(ctx context.Context, p planner, emit func(*extent) er
 func (d *diskCopy) read(ctx context.Context, from source, e *extent) error {
 	if e.kind != spanData {
 		return nil
+	}
+	if err := d.throttle.reads.wait(ctx, len(e.data)); err != nil {
+		return err
 	}
 	if err := from.ReadAt(ctx, e.data, e.off); err != nil {
 		return fail(ClassSource, "cannot read %d bytes at %d: %w", e.length, e.off, err)

@@ -157,7 +157,7 @@ func (m *merging) open(entry *repository.Disk) error {
 
 // copy writes what the merged images hold into the new one.
 func (d *mergedDisk) copy(ctx context.Context) error {
-	if err := d.diskCopy.open(); err != nil {
+	if err := d.diskCopy.open(ctx); err != nil {
 		return err
 	}
 	for off := uint64(0); off < d.before.Size; off += windowSize {

@@ -9,13 +9,16 @@
 //	spec.json    by the daemon, before the worker starts
 //	go.json      by the daemon, in a backup, when the point in time is fixed
 //	confirm.json by the daemon, in a backup that asks for it, when the copy may be kept
+//	rate.json    by the daemon, at any time: how much the worker may move per second
 //	status.json  by the worker, at each phase and twice a second
 //	result.json  by the worker, once, at the end
 package transfer
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -33,6 +36,7 @@ const (
 	SpecFile    = "spec.json"
 	GoFile      = "go.json"
 	ConfirmFile = "confirm.json"
+	RateFile    = "rate.json"
 	StatusFile  = "status.json"
 	ResultFile  = "result.json"
 )
@@ -83,6 +87,9 @@ type RepositorySpec struct {
 	Name        string        `json:"name"`         // for messages
 	KeyFile     string        `json:"key_file"`     // the host's manifest key: 64 hex digits
 	MinimumFree uint64        `json:"minimum_free"` // bytes that a backup must leave free
+	// Promised is how much the backups that were being made in it when this one
+	// was begun were still expected to take, in bytes.
+	Promised uint64 `json:"promised,omitempty"`
 }
 
 // BackupSpec is a backup to make.
@@ -95,6 +102,7 @@ type BackupSpec struct {
 	Compression string              `json:"compression"`       // "none", "zlib", "zstd"
 	Level       int                 `json:"level,omitempty"`   // of the compression; 0 is its default
 	Threads     int                 `json:"threads,omitempty"` // that compress, 8 at most; 0 is the number of CPUs
+	Expected    uint64              `json:"expected"`          // bytes that it will take, as far as that can be told
 	Disks       []BackupDisk        `json:"disks"`             // one for each of the manifest's
 	Files       []FileSpec          `json:"files,omitempty"`
 	// Confirm has the worker wait in PhaseConfirming for confirm.json before it
@@ -172,6 +180,13 @@ type Owner struct {
 	UID  *int   `json:"uid,omitempty"`
 	GID  *int   `json:"gid,omitempty"`
 	Mode uint32 `json:"mode,omitempty"` // 0 leaves 0600
+}
+
+// Rate is rate.json.
+type Rate struct {
+	// Bytes per second that the worker may read from the guest's disks, and as
+	// many that it may write to the repository; 0 is no bound.
+	Bytes uint64 `json:"bytes_per_second"`
 }
 
 // Phases of an operation, in their order.
@@ -286,6 +301,21 @@ func WriteGo(directory string, g Go) error { return writeJSON(filepath.Join(dire
 // WriteConfirm lets a backup be kept: see BackupSpec.Confirm.
 func WriteConfirm(directory string) error {
 	return writeJSON(filepath.Join(directory, ConfirmFile), struct{}{})
+}
+
+// ReadRate reads the worker's rate, no bound if none was written; WriteRate sets it.
+func ReadRate(directory string) (Rate, error) {
+	var r Rate
+	err := readJSON(filepath.Join(directory, RateFile), &r)
+	if errors.Is(err, fs.ErrNotExist) {
+		return Rate{}, nil
+	}
+	return r, err
+}
+
+// WriteRate tells a worker how much it may move from now on.
+func WriteRate(directory string, r Rate) error {
+	return writeJSON(filepath.Join(directory, RateFile), r)
 }
 
 // ReadStatus reads the newest status; fs.ErrNotExist before the first.

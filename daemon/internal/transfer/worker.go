@@ -21,6 +21,7 @@ type worker struct {
 	spec      *Spec
 	log       *slog.Logger
 	status    *reporter
+	throttle  *throttle
 	result    Result
 }
 
@@ -28,7 +29,7 @@ type worker struct {
 // whatever happens. A context that ends with ErrCancelled as its cause cancels.
 // The error is the one in the result, or that of writing it.
 func Run(ctx context.Context, directory string, log *slog.Logger) error {
-	w := &worker{directory: directory, log: log, status: newReporter(directory)}
+	w := &worker{directory: directory, log: log, status: newReporter(directory), throttle: newThrottle()}
 	var err error
 	w.spec, err = ReadSpec(directory)
 	if err == nil {
@@ -48,9 +49,13 @@ func (w *worker) run(ctx context.Context) error {
 	if err := w.status.enter(PhaseOpening); err != nil {
 		return err
 	}
+	if err := w.throttle.look(w.directory); err != nil {
+		return classify(ClassInternal, err)
+	}
 	reporting, stop := context.WithCancel(context.WithoutCancel(ctx))
 	var wait sync.WaitGroup
 	wait.Go(func() { w.status.run(reporting) })
+	wait.Go(func() { w.throttle.run(reporting, w.directory) })
 	defer wait.Wait()
 	defer stop()
 	operation, known := map[Operation]func(context.Context) error{

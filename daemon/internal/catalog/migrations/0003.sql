@@ -118,6 +118,7 @@ CREATE INDEX backups_complete ON backups (domain, id) WHERE state = 'complete';
 CREATE INDEX backups_running ON backups (id) WHERE state = 'running';
 CREATE INDEX backups_deleting ON backups (id) WHERE state = 'deleting';
 CREATE INDEX backups_damaged ON backups (id) WHERE state = 'damaged';
+CREATE INDEX backups_created ON backups (created, id);
 CREATE INDEX backups_offering ON backups (offering, id);
 CREATE INDEX chains_domain ON chains (domain, repository, id);
 CREATE INDEX jobs_backed_up ON jobs (domain, id) WHERE kind = 'backup' AND state IN ('succeeded', 'failed');

@@ -1,0 +1,93 @@
+// Package share divides what the workers of this host may move per second among
+// them: as much for each as the bounds allow, and no more for one than for
+// another that is bound by the same.
+package share
+
+import (
+	"cmp"
+	"maps"
+	"slices"
+)
+
+// Rates are bounds in bytes per second; 0 is no bound.
+type Rates struct {
+	Job        uint64 // of each worker
+	Repository uint64 // of all workers that use the same repository
+	Host       uint64 // of all workers
+}
+
+// bound is what some workers may move together.
+type bound struct {
+	left uint64
+	open int // of its workers, how many have no share yet
+	of   func(job string) bool
+}
+
+// Divide returns how much each worker gets, by its job; 0 is no bound. The
+// repository of each is given by its job.
+//
+// The shares are those of "max-min fairness": the bound that leaves the least to
+// each of its workers gives them that, then the next of what is left, so that
+// what one worker may not use is another's.
+func Divide(r Rates, repositories map[string]string) map[string]uint64 {
+	shares := make(map[string]uint64, len(repositories))
+	open := slices.Sorted(maps.Keys(repositories))
+	bounds := r.bounds(repositories)
+	for len(bounds) > 0 && len(open) > 0 {
+		// Of two that differ by less than a byte for each, the one that gives less.
+		tightest := slices.MinFunc(bounds, func(a, b *bound) int { return cmp.Compare(a.left*uint64(b.open), b.left*uint64(a.open)) })
+		share := max(1, tightest.left/uint64(tightest.open)) // 0 would be no bound
+		open = slices.DeleteFunc(open, func(job string) bool {
+			if !tightest.of(job) {
+				return false
+			}
+			shares[job] = share
+			for _, b := range bounds {
+				if b.of(job) {
+					b.left -= min(share, b.left)
+					b.open--
+				}
+			}
+			return true
+		})
+		bounds = slices.DeleteFunc(bounds, func(b *bound) bool { return b.open == 0 })
+	}
+	for _, job := range open {
+		shares[job] = 0
+	}
+	return shares
+}
+
+func (r Rates) bounds(repositories map[string]string) []*bound {
+	var all []*bound
+	add := func(limit uint64, of func(job string) bool) {
+		n := 0
+		for job := range repositories {
+			if of(job) {
+				n++
+			}
+		}
+		if limit > 0 && n > 0 {
+			all = append(all, &bound{limit, n, of})
+		}
+	}
+	add(r.Host, func(string) bool { return true })
+	for _, one := range slices.Compact(slices.Sorted(maps.Values(repositories))) {
+		add(r.Repository, func(job string) bool { return repositories[job] == one })
+	}
+	for one := range repositories {
+		add(r.Job, func(job string) bool { return job == one })
+	}
+	return all
+}
+
+// Promise is what a backup that is being made is expected to take in its repository.
+type Promise struct{ Expected, Written uint64 }
+
+// Promised returns how much of what was promised is still to be written.
+func Promised(all []Promise) (left uint64) {
+	for _, p := range all {
+		left += p.Expected - min(p.Expected, p.Written)
+	}
+	return left
+}

@@ -77,10 +77,7 @@ func domainsOrAll(ctx context.Context, c *dbus.Client, names []string) (uuids []
 		return uuids, nil
 	}
 	objects, err := c.Objects(ctx)
-	for _, d := range objects.Domains {
-		uuids = append(uuids, d.UUID)
-	}
-	return uuids, err
+	return objects.Domains, err
 }
 
 // showPrune tells what would become of each backup, and whether any would go.

@@ -3,6 +3,7 @@
 package labtest
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -30,10 +31,9 @@ func (h *host) configure(settings string) {
 		if before == nil {
 			restore = func() error { return os.Remove(settingsFile) }
 		}
-		if err := errors.Join(restore(), h.Reload(h.t.Context())); err != nil && h.t.Context().Err() == nil {
+		if err := errors.Join(restore(), h.Reload(context.Background())); err != nil {
 			h.t.Error(err)
 		}
-		command(h.t, "", "systemctl", "reload", "virtbackupd")
 	})
 	if err := os.MkdirAll(filepath.Dir(settingsFile), 0o755); err != nil {
 		h.t.Fatal(err)

@@ -30,6 +30,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/journal"
 	"github.com/virtbackup/virtbackup/daemon/internal/lifecycle"
 	"github.com/virtbackup/virtbackup/daemon/internal/metrics"
+	"github.com/virtbackup/virtbackup/daemon/internal/mounts"
 	"github.com/virtbackup/virtbackup/daemon/internal/overlay"
 	"github.com/virtbackup/virtbackup/daemon/internal/quiesce"
 	"github.com/virtbackup/virtbackup/daemon/internal/removal"
@@ -81,6 +82,7 @@ type app struct {
 	backup     *backup.Kind
 	engine     *job.Engine
 	schedules  *schedule.Keeper
+	mounts     *mounts.Keeper
 	service    *service.Service
 	ended      metrics.Counter
 }
@@ -165,7 +167,8 @@ func (a *app) wire() {
 	a.lifecycle = lifecycle.New(lifecycle.Deps{
 		Catalog: a.catalog, Domains: a.hypervisor, SpoolDirectory: spool.Directory, HookPath: hookProgram, Log: a.log,
 	})
-	errands := errand.Sender{Supervisor: a.workers, Limits: a.limits, KeyFile: a.keyPath()}
+	a.mounts = a.newMounts()
+	errands := errand.Sender{Supervisor: a.workers, Limits: a.limits, KeyFile: a.keyPath(), Storage: a.mounts}
 	overlays := &overlay.Keeper{Hypervisor: a.hypervisor, Catalog: a.catalog, Lifecycle: a.lifecycle, Log: a.log}
 	a.backup = backup.New(backup.Deps{
 		Overlays: overlays,
@@ -184,7 +187,7 @@ func (a *app) wire() {
 		string(dbus.OperationRestore):        restores,
 		string(dbus.OperationRestoreInPlace): restores,
 		string(dbus.OperationVerify):         verification.Verify{Catalog: a.catalog, Errand: errands},
-		string(dbus.OperationCheck):          verification.Check{Catalog: a.catalog, Errand: errands},
+		string(dbus.OperationCheck):          verification.Check{Catalog: a.catalog, Errand: errands, Forget: a.mounts.Forget},
 		string(dbus.OperationDelete):         removal.Delete{Catalog: a.catalog, Errand: errands},
 		string(dbus.OperationPrune): retention.Prune{Catalog: a.catalog, Errand: errands,
 			Policy: func(ctx context.Context, domain string) (chain.Retention, error) {
@@ -203,7 +206,7 @@ func (a *app) wire() {
 	}
 	a.schedules = schedule.New(a.catalog, a.timers, a.log)
 	a.service = service.New(service.Deps{
-		Catalog: a.catalog, Jobs: a.engine, Domains: a.hypervisor, Restore: restores, Lifecycle: a.lifecycle, Schedules: a.schedules, Ended: &a.ended, Config: c, Reload: a.reload,
+		Catalog: a.catalog, Jobs: a.engine, Domains: a.hypervisor, Restore: restores, Lifecycle: a.lifecycle, Schedules: a.schedules, Storage: a.mounts, Ended: &a.ended, Config: c, Reload: a.reload,
 		OfferingFiles: func() ([]config.OfferingFile, error) {
 			return config.LoadOfferings(filepath.Join(filepath.Dir(a.path), config.OfferingsDirectory))
 		},
@@ -233,7 +236,7 @@ func (a *app) serve(ctx context.Context) error {
 		return err
 	}
 	defer a.engine.Stop()
-	for _, f := range []func(context.Context){a.service.Run, a.lifecycle.Run, a.schedules.Run, a.reloadOnHangup, a.textfile().Run} {
+	for _, f := range []func(context.Context){a.service.Run, a.lifecycle.Run, a.schedules.Run, a.mounts.Run, a.reloadOnHangup, a.textfile().Run} {
 		background.Go(func() { f(ctx) })
 	}
 	if err := a.service.LoadOfferings(ctx); err != nil {
@@ -447,12 +450,14 @@ func (a *app) backupSettings() backup.Settings {
 func (a *app) makeDirectories() error {
 	c := a.settings.Load()
 	for path, mode := range map[string]os.FileMode{
-		c.Daemon.StateDirectory:                             0o711,
-		c.Daemon.RuntimeDirectory:                           0o711,
-		filepath.Join(c.Daemon.RuntimeDirectory, "jobs"):    0o700,
-		filepath.Join(c.Daemon.RuntimeDirectory, "frozen"):  0o700,
-		filepath.Join(c.Daemon.RuntimeDirectory, "exports"): 0o700,
-		c.Backup.ScratchDirectory:                           0o711,
+		c.Daemon.StateDirectory:                               0o711,
+		c.Daemon.RuntimeDirectory:                             0o711,
+		filepath.Join(c.Daemon.RuntimeDirectory, "jobs"):      0o700,
+		filepath.Join(c.Daemon.RuntimeDirectory, "frozen"):    0o700,
+		filepath.Join(c.Daemon.RuntimeDirectory, "exports"):   0o700,
+		filepath.Join(c.Daemon.RuntimeDirectory, "mounts"):    0o700,
+		filepath.Join(c.Daemon.StateDirectory, "credentials"): 0o700,
+		c.Backup.ScratchDirectory:                             0o711,
 	} {
 		if err := os.MkdirAll(path, mode); err != nil {
 			return fmt.Errorf("cannot make a directory of virtbackup: %w", err)

@@ -121,9 +121,14 @@ func (c *Client) CheckRepository(ctx context.Context, id string) (job string, er
 	return c.job(ctx, Ref{KindRepository, id}, "Check", EncodeOptions(NoOptions{}))
 }
 
+// UpdateRepository changes a repository.
+func (c *Client) UpdateRepository(ctx context.Context, id string, o UpdateRepositoryOptions) (job string, err error) {
+	return c.job(ctx, Ref{KindRepository, id}, "Update", EncodeOptions(o))
+}
+
 // RemoveRepository forgets a repository, and leaves its files.
-func (c *Client) RemoveRepository(ctx context.Context, id string) error {
-	return c.object(ctx, Ref{KindRepository, id}, "Remove", []any{EncodeOptions(NoOptions{})})
+func (c *Client) RemoveRepository(ctx context.Context, id string, o RemoveRepositoryOptions) error {
+	return c.object(ctx, Ref{KindRepository, id}, "Remove", []any{EncodeOptions(o)})
 }
 
 // UpdateOffering changes what is given.

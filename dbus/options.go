@@ -72,6 +72,25 @@ type CreateRepositoryOptions struct {
 	Existing bool `dbus:"existing"`
 	// MinimumFree is in bytes; nil for the daemon's default.
 	MinimumFree *uint64 `dbus:"minimum_free"`
+	// MountOptions, each as name or name=value, FileSystem and Credentials are for storage that is mounted.
+	MountOptions []string `dbus:"mount_options"`
+	FileSystem   string   `dbus:"file_system"`
+	Credentials  string   `dbus:"credentials"`
+}
+
+// UpdateRepositoryOptions are those of Repository.Update; what is nil is left as it was.
+type UpdateRepositoryOptions struct {
+	Address      *string   `dbus:"address"`
+	MountOptions *[]string `dbus:"mount_options"`
+	// Credentials are removed by an empty text.
+	Credentials *string `dbus:"credentials"`
+	MinimumFree *uint64 `dbus:"minimum_free"`
+}
+
+// RemoveRepositoryOptions are those of Repository.Remove.
+type RemoveRepositoryOptions struct {
+	// ForgetBackups forgets those in it too; a scan finds them again.
+	ForgetBackups bool `dbus:"forget_backups"`
 }
 
 // UpdateOfferingOptions are those of Offering.Update.

@@ -44,7 +44,14 @@ type RepositoryProperties struct {
 	FreeBytes    uint64          `dbus:"FreeBytes"`
 	MinimumFree  uint64          `dbus:"MinimumFree"`
 	Checked      time.Time       `dbus:"Checked"`
-	Created      time.Time       `dbus:"Created"`
+
+	Address        string   `dbus:"Address"`
+	FileSystem     string   `dbus:"FileSystem"`
+	MountOptions   []string `dbus:"MountOptions"`
+	HasCredentials bool     `dbus:"HasCredentials"`
+	Mounted        bool     `dbus:"Mounted"`
+
+	Created time.Time `dbus:"Created"`
 }
 
 // OfferingProperties are those of org.virtbackup1.Offering.

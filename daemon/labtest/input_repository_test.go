@@ -52,7 +52,8 @@ func TestInputRepositories(t *testing.T) {
 		name            dbus.ErrorName
 		words           []string
 	}{
-		{"of no known type", "nfs", empty, false, dbus.ErrInvalidArgument, []string{`"nfs"`, `"dir"`}},
+		{"of no known type", "tape", empty, false, dbus.ErrInvalidArgument, []string{`"tape"`, "dir"}},
+		{"no address", "nfs", empty, false, dbus.ErrInvalidArgument, []string{"no address", "nfs"}},
 		{"relative", "dir", "srv/x", false, dbus.ErrInvalidArgument, []string{`"srv/x"`, "absolute"}},
 		{"empty path", "dir", "", false, dbus.ErrInvalidArgument, []string{"absolute"}},
 		{"the root", "dir", "/", false, dbus.ErrInvalidArgument, []string{"root"}},

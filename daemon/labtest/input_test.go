@@ -151,7 +151,7 @@ func TestInputUse(t *testing.T) {
 		dbus.ErrNotFound, `repository "nowhere"`)
 	_, err = h.RemoveOffering(ctx, offering, dbus.RemoveOfferingOptions{})
 	refuses(t, "remove an assigned offering", err, dbus.ErrBusy, `"input-use"`, h.offering, "unassign")
-	refuses(t, "remove a repository with an offering", h.RemoveRepository(ctx, h.repository), dbus.ErrBusy, "offering", h.offering)
+	refuses(t, "remove a repository with an offering", h.RemoveRepository(ctx, h.repository, dbus.RemoveRepositoryOptions{}), dbus.ErrBusy, "offering", h.offering)
 	full := h.backup(g, dbus.BackupOptions{})
 	g.io("vda", "write -P 3 1M 64k")
 	h.backup(g, dbus.BackupOptions{})
@@ -168,7 +168,7 @@ func TestInputUse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	refuses(t, "remove a repository with backups", h.RemoveRepository(ctx, h.repository), dbus.ErrBusy, "backups", h.offering, "delete")
+	refuses(t, "remove a repository with backups", h.RemoveRepository(ctx, h.repository, dbus.RemoveRepositoryOptions{}), dbus.ErrBusy, "backups", h.offering, "delete")
 	_, job, err = h.DeleteBackup(ctx, full.ID, dbus.DeleteBackupOptions{WithChildren: true})
 	if err := h.outcome(job, err); err != nil {
 		t.Fatal(err)
@@ -178,7 +178,7 @@ func TestInputUse(t *testing.T) {
 	_, err = h.VerifyBackup(ctx, full.ID)
 	refuses(t, "verify what is deleted", err, dbus.ErrNotFound, full.ID)
 	refuses(t, "cancel what has ended", h.CancelJob(ctx, job), dbus.ErrBusy, job, "ended")
-	if err := h.RemoveRepository(ctx, h.repository); err != nil {
+	if err := h.RemoveRepository(ctx, h.repository, dbus.RemoveRepositoryOptions{}); err != nil {
 		t.Error(err)
 	}
 }

@@ -227,6 +227,9 @@ func (r *run) start(ctx context.Context) error {
 	if err := r.source().prepare(ctx); err != nil {
 		return err
 	}
+	if err := r.Errands.Prepare(ctx, r.Plan.Repository); err != nil {
+		return err
+	}
 	worker, err := r.Errands.Supervisor.Start(ctx, r.spec(), r.Errands.Limits())
 	if err != nil {
 		return err

@@ -71,7 +71,8 @@ type Reader interface {
 type Repositories interface {
 	CreateRepository(ctx context.Context, caller Caller, name, typ, path string, o dbus.CreateRepositoryOptions) (repository, job string, err error)
 	CheckRepository(ctx context.Context, caller Caller, id string) (job string, err error)
-	RemoveRepository(ctx context.Context, caller Caller, id string) error
+	UpdateRepository(ctx context.Context, caller Caller, id string, o dbus.UpdateRepositoryOptions) (job string, err error)
+	RemoveRepository(ctx context.Context, caller Caller, id string, o dbus.RemoveRepositoryOptions) error
 }
 
 // Offerings is what is done with offerings.

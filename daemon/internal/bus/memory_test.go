@@ -187,7 +187,11 @@ func (m *memory) CheckRepository(_ context.Context, c Caller, id string) (string
 	return jobID, m.note(c, "check %s", id)
 }
 
-func (m *memory) RemoveRepository(_ context.Context, c Caller, id string) error {
+func (m *memory) UpdateRepository(_ context.Context, c Caller, id string, o dbus.UpdateRepositoryOptions) (string, error) {
+	return jobID, m.note(c, "update repository %s: %v", id, o.Address != nil)
+}
+
+func (m *memory) RemoveRepository(_ context.Context, c Caller, id string, _ dbus.RemoveRepositoryOptions) error {
 	return m.note(c, "remove repository %s", id)
 }
 

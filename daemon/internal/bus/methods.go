@@ -80,7 +80,8 @@ func parsers() map[string]parser {
 		"org.virtbackup1.Manager.NotifyHook":             notifyHook,
 
 		"org.virtbackup1.Repository.Check":  startJob("check repository", Backend.CheckRepository),
-		"org.virtbackup1.Repository.Remove": change("remove repository", Backend.RemoveRepository),
+		"org.virtbackup1.Repository.Update": updateRepository,
+		"org.virtbackup1.Repository.Remove": removeRepository,
 
 		"org.virtbackup1.Offering.Update": updateOffering,
 		"org.virtbackup1.Offering.Remove": removeOffering,

@@ -19,6 +19,23 @@ func createRepository(about dbus.Ref, a arguments) (request, error) {
 	return request{names: map[string]string{dbus.DetailRepository: name}, run: run}, a.options(&o)
 }
 
+func updateRepository(about dbus.Ref, a arguments) (request, error) {
+	var o dbus.UpdateRepositoryOptions
+	run := func(ctx context.Context, s *Server, c Caller) ([]any, error) {
+		job, err := s.backend.UpdateRepository(ctx, c, about.ID, o)
+		return jobPath(job), s.done(c, "update repository", about, err)
+	}
+	return request{run: run}, a.options(&o)
+}
+
+func removeRepository(about dbus.Ref, a arguments) (request, error) {
+	var o dbus.RemoveRepositoryOptions
+	run := func(ctx context.Context, s *Server, c Caller) ([]any, error) {
+		return nil, s.done(c, "remove repository", about, s.backend.RemoveRepository(ctx, c, about.ID, o))
+	}
+	return request{run: run}, a.options(&o)
+}
+
 func createOffering(about dbus.Ref, a arguments) (request, error) {
 	name, repository := a.text(0), a.text(1)
 	var o dbus.OfferingOptions

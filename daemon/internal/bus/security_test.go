@@ -61,9 +61,9 @@ func TestWhatDoesNotExistIsRefusedAlike(t *testing.T) {
 	for there, missing := range map[error]error{
 		find("web"):      find("nothing"),
 		remove(backupID): remove("01JD8Q4M6Z3V5W7X9YZZZZZZZZ"),
-		other.AssignDomain(ctx, webUUID, "daily"): other.AssignDomain(ctx, webUUID, "hourly"),
-		other.AssignDomain(ctx, webUUID, "daily"): other.AssignDomain(ctx, "6a1f4d5e", "daily"),
-		other.RemoveRepository(ctx, "R1"):         other.RemoveRepository(ctx, "R7"),
+		other.AssignDomain(ctx, webUUID, "daily"):                         other.AssignDomain(ctx, webUUID, "hourly"),
+		other.AssignDomain(ctx, webUUID, "daily"):                         other.AssignDomain(ctx, "6a1f4d5e", "daily"),
+		other.RemoveRepository(ctx, "R1", dbus.RemoveRepositoryOptions{}): other.RemoveRepository(ctx, "R7", dbus.RemoveRepositoryOptions{}),
 	} {
 		if !denied(there) || !denied(missing) || there.Error() != missing.Error() {
 			t.Errorf("%v, but %v", there, missing)

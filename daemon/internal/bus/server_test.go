@@ -105,7 +105,7 @@ func TestClientReachesEveryCallOfTheBackend(t *testing.T) {
 	ok(c.Reload(ctx))
 	ok(c.NotifyHook(ctx))
 	job(c.CheckRepository(ctx, "R1"))
-	ok(c.RemoveRepository(ctx, "R1"))
+	ok(c.RemoveRepository(ctx, "R1", dbus.RemoveRepositoryOptions{}))
 	ok(c.UpdateOffering(ctx, "O1", dbus.UpdateOfferingOptions{Repository: &tape}))
 	if domains, err := c.RemoveOffering(ctx, "O1", dbus.RemoveOfferingOptions{Forced: true}); !slices.Equal(domains, []string{webUUID}) || err != nil {
 		t.Error(domains, err)
@@ -300,7 +300,7 @@ func TestErrorsKeepTheirNames(t *testing.T) {
 	}
 	m.failing(nil)
 	for what, err := range map[string]error{
-		"a repository that is not there": c.RemoveRepository(ctx, "R7"),
+		"a repository that is not there": c.RemoveRepository(ctx, "R7", dbus.RemoveRepositoryOptions{}),
 		"an offering that is not there":  c.AssignDomain(ctx, webUUID, "hourly"),
 		"an id that is none":             c.CancelJob(ctx, "../x"),
 	} {

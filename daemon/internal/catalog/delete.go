@@ -77,6 +77,42 @@ func (c *Catalog) KeepBackups(ctx context.Context, ids []string) error {
 	})
 }
 
+// ForgetBackups forgets all backups of a repository, which stay where they are,
+// and their chains: what was made on domains for the next increments is to be
+// removed. ErrState: one is being made.
+func (c *Catalog) ForgetBackups(ctx context.Context, repository string) (forgotten int, err error) {
+	err = c.write(ctx, "forget the backups of repository "+repository, func(tx *sql.Tx) error {
+		var running bool
+		if err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT 1 FROM backups WHERE repository = ? AND state = 'running')", repository).Scan(&running); err != nil {
+			return err
+		}
+		if running {
+			return fmt.Errorf("a backup is being made: %w", ErrState)
+		}
+		chains, err := collect(ctx, tx, scanString, "SELECT id FROM chains WHERE repository = ?", repository)
+		if err != nil {
+			return err
+		}
+		for _, id := range chains {
+			if err := endChain(ctx, tx, id, chain.Finished, chain.BackupDeleted); err != nil {
+				return err
+			}
+		}
+		gone, err := tx.ExecContext(ctx, "DELETE FROM backups WHERE repository = ?", repository)
+		if err != nil {
+			return err
+		}
+		n, err := gone.RowsAffected()
+		if err != nil {
+			return err
+		}
+		forgotten = int(n)
+		_, err = tx.ExecContext(ctx, "DELETE FROM chains WHERE repository = ?", repository)
+		return err
+	})
+	return forgotten, err
+}
+
 // DeleteBackups forgets backups that are gone from the repository, and the
 // chains that have none left. ErrState: BeginDelete was not called for one.
 // Ids that are not known (any more) are passed over.

@@ -12,9 +12,13 @@ import (
 type Repository struct {
 	ID          string // ULID, of this host
 	Name        string
-	Type        string // "dir"
-	Path        string
-	MinimumFree uint64 // bytes that a backup must leave free
+	Type        string   // as of package storage
+	Path        string   // of its directory; for storage that is mounted, the mount point
+	Address     string   // of what is mounted; "" for a directory
+	FileSystem  string   // of storage of type "mount"
+	Options     []string // of the mount
+	Credentials bool     // there are some, in a file of their own
+	MinimumFree uint64   // bytes that a backup must leave free
 	Created     time.Time
 	Finding
 }
@@ -39,10 +43,33 @@ type Domain struct {
 // CreateRepository adds a repository. ErrExists: its id, name or path is taken.
 func (c *Catalog) CreateRepository(ctx context.Context, r Repository) error {
 	return c.write(ctx, "create repository "+r.Name, func(tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, "INSERT INTO repositories ("+repositoryColumns+") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-			r.ID, r.Name, r.Type, r.Path, r.MinimumFree, toMicro(r.Created), r.Identity, r.Problem, r.Total, r.Free, toMicro(r.Checked))
+		options, err := listJSON(r.Options)
+		if err != nil {
+			return err
+		}
+		_, err = tx.ExecContext(ctx, "INSERT INTO repositories ("+repositoryColumns+") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+			r.ID, r.Name, r.Type, r.Path, r.Address, r.FileSystem, options, r.Credentials,
+			r.MinimumFree, toMicro(r.Created), r.Identity, r.Problem, r.Total, r.Free, toMicro(r.Checked))
 		return err
 	})
+}
+
+// UpdateRepository changes where a repository is and how it is mounted, and what
+// must stay free in it. ErrExists: another one is there.
+func (c *Catalog) UpdateRepository(ctx context.Context, r Repository) error {
+	return c.write(ctx, "change repository "+r.Name, func(tx *sql.Tx) error {
+		options, err := listJSON(r.Options)
+		if err != nil {
+			return err
+		}
+		return exactlyOne(tx.ExecContext(ctx, "UPDATE repositories SET path = ?, address = ?, options = ?, credentials = ?, minimum_free = ? WHERE id = ?",
+			r.Path, r.Address, options, r.Credentials, r.MinimumFree, r.ID))
+	})
+}
+
+func listJSON(list []string) (string, error) {
+	b, err := json.Marshal(append([]string{}, list...))
+	return string(b), err
 }
 
 // FoundRepository records what a worker found. An identity that was seen once
@@ -66,11 +93,15 @@ func (c *Catalog) RemoveRepository(ctx context.Context, id string) error {
 	})
 }
 
-const repositoryColumns = "id, name, type, path, minimum_free, created, identity, problem, total, free, checked"
+const repositoryColumns = "id, name, type, path, address, file_system, options, credentials, minimum_free, created, identity, problem, total, free, checked"
 
 func scanRepository(from row) (r Repository, err error) {
-	err = from.Scan(&r.ID, &r.Name, &r.Type, &r.Path, &r.MinimumFree, timestamp{&r.Created},
+	var options string
+	err = from.Scan(&r.ID, &r.Name, &r.Type, &r.Path, &r.Address, &r.FileSystem, &options, &r.Credentials, &r.MinimumFree, timestamp{&r.Created},
 		&r.Identity, &r.Problem, &r.Total, &r.Free, timestamp{&r.Checked})
+	if err == nil {
+		err = json.Unmarshal([]byte(options), &r.Options)
+	}
 	return r, err
 }
 

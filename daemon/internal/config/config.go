@@ -25,13 +25,14 @@ const maximumFile = 1 << 20
 
 // Config holds all settings. Load makes one.
 type Config struct {
-	Daemon    Daemon
-	Libvirt   Libvirt
-	Limits    Limits
-	Backup    Backup
-	Restore   Restore
-	Metrics   Metrics
-	Retention Retention
+	Daemon       Daemon
+	Libvirt      Libvirt
+	Limits       Limits
+	Backup       Backup
+	Restore      Restore
+	Metrics      Metrics
+	Retention    Retention
+	Repositories Repositories
 
 	sources map[string]string // of the settings in the file: "file:line"
 }
@@ -88,6 +89,12 @@ type Retention struct {
 	MostAtOnce int // backups of one domain in one repository that go without somebody asking
 }
 
+// Repositories is the section [repositories].
+type Repositories struct {
+	MountTimeout time.Duration // for mounting storage, and for unmounting it
+	UnmountAfter time.Duration // that nobody has needed it
+}
+
 // Setting is one setting as it is in effect.
 type Setting struct {
 	Key    string // "section.name"
@@ -106,10 +113,11 @@ func Default() *Config {
 			CPUWeight: 50, MemoryMax: 1 * gibibyte, IOWeight: 50,
 			MinimumFreeRepository: 256 * mebibyte, MinimumFreeScratch: 256 * mebibyte,
 		},
-		Backup:    Backup{ScratchDirectory: "/var/lib/virtbackup/scratch"},
-		Restore:   Restore{Destinations: []string{"/var/lib/libvirt/images"}},
-		Metrics:   Metrics{Interval: time.Minute},
-		Retention: Retention{MostAtOnce: 20},
+		Backup:       Backup{ScratchDirectory: "/var/lib/virtbackup/scratch"},
+		Restore:      Restore{Destinations: []string{"/var/lib/libvirt/images"}},
+		Metrics:      Metrics{Interval: time.Minute},
+		Retention:    Retention{MostAtOnce: 20},
+		Repositories: Repositories{MountTimeout: 30 * time.Second, UnmountAfter: 5 * time.Minute},
 	}
 }
 

@@ -23,7 +23,7 @@ type setting struct {
 // settings lists all keys. It is the only such list: the file is read, shown
 // and documented from it.
 func (c *Config) settings() []setting {
-	d, v, l, b, r := &c.Daemon, &c.Libvirt, &c.Limits, &c.Backup, &c.Restore
+	d, v, l, b, r, s := &c.Daemon, &c.Libvirt, &c.Limits, &c.Backup, &c.Restore, &c.Repositories
 	return []setting{
 		directory("daemon.state_directory", &d.StateDirectory, "Where the catalog and the key of the manifests are. Has to be on a local disk."),
 		directory("daemon.runtime_directory", &d.RuntimeDirectory, "Where sockets and the state of running jobs are. Has to be on a tmpfs."),
@@ -50,6 +50,9 @@ func (c *Config) settings() []setting {
 		directory("backup.scratch_directory", &b.ScratchDirectory, "Where QEMU puts the old contents of blocks that a guest overwrites during a backup. Has to be on a local disk."),
 
 		{"restore.destinations", &r.Destinations, func() error { return checkDirectories(r.Destinations) }, "a list of absolute paths without \"..\", none of them \"/\"", "Directories below which a restore may write disks."},
+
+		duration("repositories.mount_timeout", &s.MountTimeout, time.Second, 10*time.Minute, "How long mounting the storage of a repository may take, and unmounting it."),
+		duration("repositories.unmount_after", &s.UnmountAfter, time.Second, 24*time.Hour, "After how long without use the storage of a repository is unmounted."),
 
 		{"metrics.textfile", &c.Metrics.Textfile, func() error { return checkTextfile(c.Metrics.Textfile) }, "an absolute path that ends in .prom, or \"\" for none", "Where the metrics of \"virtbackupctl metrics\" are written from time to time, for the textfile collector of Prometheus' node_exporter. The daemon cannot write below /usr and /etc."},
 		duration("metrics.interval", &c.Metrics.Interval, time.Second, 24*time.Hour, "How often they are."),

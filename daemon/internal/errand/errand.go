@@ -12,6 +12,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
 	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
+	"github.com/virtbackup/virtbackup/dbus"
 	"github.com/virtbackup/virtbackup/systemd/jobunit"
 )
 
@@ -20,6 +21,29 @@ type Sender struct {
 	Supervisor *supervise.Supervisor
 	Limits     func() jobunit.Limits // of one worker, as configured now
 	KeyFile    string                // of the host's manifest key
+	Storage    Storage               // nil where all repositories are directories
+}
+
+// Storage has the storage of repositories mounted.
+type Storage interface {
+	// Ensure returns when the storage is there. It stays as long as the job that
+	// it is for is known to run.
+	Ensure(ctx context.Context, r catalog.Repository) error
+}
+
+// Prepare has a repository's storage mounted, for a worker that a job starts itself.
+func (s Sender) Prepare(ctx context.Context, r catalog.Repository) error {
+	// A job that was cancelled, or a daemon that goes down, starts none.
+	if s.Storage == nil || ctx.Err() != nil {
+		return nil
+	}
+	if err := s.Storage.Ensure(ctx, r); err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return failure.Errorf(dbus.ErrRepositoryUnavailable, "repository %q: %w", r.Name, err)
+	}
+	return nil
 }
 
 // Repository says to a worker where a repository is.
@@ -42,6 +66,9 @@ func (s Sender) Started(ctx context.Context, jobID string) (bool, error) {
 // Run has a worker do the whole of spec for a job, tells its progress and names
 // its errors. A worker that a daemon before this one started is taken up.
 func (s Sender) Run(ctx context.Context, h *job.Handle, r catalog.Repository, spec transfer.Spec) (*transfer.Result, error) {
+	if err := s.Prepare(ctx, r); err != nil {
+		return nil, err
+	}
 	spec.Job = h.Job().ID
 	spec.Repository = s.Repository(r)
 	result, err := s.Supervisor.Run(ctx, spec, s.Limits(), func(st transfer.Status) {

@@ -37,6 +37,7 @@ var (
 	ErrNewerFormat     = errors.New("written by a newer version of virtbackup")
 	ErrReadOnly        = errors.New("the repository is read-only")
 	ErrMissing         = errors.New("the repository's directory does not exist")
+	ErrNotMounted      = errors.New("the repository's storage is not mounted")
 	ErrForeign         = errors.New("another host writes backups of this domain to the repository")
 	ErrManifest        = errors.New("the backup's manifest is damaged or forged")
 	ErrForeignManifest = errors.New("the backup's manifest belongs to another host")
@@ -47,6 +48,9 @@ var (
 	ErrNotEmpty        = errors.New("the directory is not empty")
 	ErrHasChildren     = errors.New("another backup is an increment to this one")
 )
+
+// NotMounted is the name of a file in a mount point that nothing is mounted on.
+const NotMounted = ".virtbackup-not-mounted"
 
 const (
 	repositoryName    = "virtbackup-repository.json"

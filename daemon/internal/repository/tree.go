@@ -30,7 +30,15 @@ func openTree(root string) (tree, error) {
 	if err != nil {
 		return tree{}, err
 	}
-	return tree{f}, nil
+	t := tree{f}
+	bare, err := t.exists(NotMounted)
+	if err == nil && bare {
+		err = ErrNotMounted
+	}
+	if err != nil {
+		return tree{}, errors.Join(err, f.Close())
+	}
+	return t, nil
 }
 
 // open opens name, a clean relative path, and refuses links on the way to it.

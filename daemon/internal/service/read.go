@@ -47,7 +47,7 @@ func (s *Service) object(ctx context.Context, ref dbus.Ref) (dbus.Record, error)
 		return asRecord(s.Manager(ctx))
 	case dbus.KindRepository:
 		r, err := s.Catalog.Repository(ctx, ref.ID)
-		return repositoryRecord(r, s.checking(r.ID)), err
+		return s.repositoryRecord(r), err
 	case dbus.KindOffering:
 		o, err := s.offeringByID(ctx, ref.ID)
 		if err != nil {

@@ -23,7 +23,7 @@ func (s *Service) repositories(ctx context.Context) ([]dbus.Record, error) {
 	list, err := s.Catalog.Repositories(ctx)
 	var all []dbus.Record
 	for _, r := range list {
-		all = append(all, repositoryRecord(r, s.checking(r.ID)))
+		all = append(all, s.repositoryRecord(r))
 	}
 	return all, err
 }
@@ -35,10 +35,10 @@ func (s *Service) checking(id string) bool {
 	})
 }
 
-func repositoryRecord(r catalog.Repository, checking bool) dbus.RepositoryProperties {
+func (s *Service) repositoryRecord(r catalog.Repository) dbus.RepositoryProperties {
 	state := dbus.RepositoryReady
 	switch {
-	case checking:
+	case s.checking(r.ID):
 		state = dbus.RepositoryChecking
 	case r.Checked.IsZero():
 		state = dbus.RepositoryUnknown
@@ -48,6 +48,7 @@ func repositoryRecord(r catalog.Repository, checking bool) dbus.RepositoryProper
 	return dbus.RepositoryProperties{
 		ID: r.ID, Name: r.Name, Type: r.Type, Path: r.Path, State: state, StateMessage: r.Problem,
 		TotalBytes: r.Total, FreeBytes: r.Free, MinimumFree: r.MinimumFree, Checked: r.Checked, Created: r.Created,
+		Address: r.Address, FileSystem: r.FileSystem, MountOptions: r.Options, HasCredentials: r.Credentials, Mounted: s.Storage != nil && s.Storage.Mounted(r.ID),
 	}
 }
 

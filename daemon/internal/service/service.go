@@ -43,6 +43,15 @@ type Lifecycle interface {
 	Hook(ctx context.Context) (lifecycle.HookState, error)
 }
 
+// Storage keeps what is mounted for repositories, and their credentials.
+type Storage interface {
+	Path(id string) string
+	Mounted(id string) bool
+	Unmount(ctx context.Context, id string) error
+	Save(id, credentials string) error
+	Forget(id string) error
+}
+
 // Deps is what a Service is made of.
 type Deps struct {
 	Catalog *catalog.Catalog
@@ -51,6 +60,8 @@ type Deps struct {
 	Restore Planner
 	// Lifecycle may be nil: then nobody takes over what the hook has recorded.
 	Lifecycle Lifecycle
+	// Storage may be nil: then all repositories are directories.
+	Storage Storage
 	// Schedules may be nil: then nobody asks for any.
 	Schedules *schedule.Keeper
 	// People may be nil: then they are looked up on this host.

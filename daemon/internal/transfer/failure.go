@@ -77,6 +77,7 @@ func sentinelOf(err error) Class {
 		{repository.ErrNewerFormat, ClassRepository},
 		{repository.ErrReadOnly, ClassRepository},
 		{repository.ErrMissing, ClassRepository},
+		{repository.ErrNotMounted, ClassRepository},
 		{repository.ErrNoBackup, ClassMissing},
 		{repository.ErrExists, ClassRepository},
 		{repository.ErrNotEmpty, ClassRepository},

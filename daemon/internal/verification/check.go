@@ -25,6 +25,7 @@ type CheckRequest struct {
 type Check struct {
 	Catalog *catalog.Catalog
 	Errand  errand.Sender
+	Forget  func(repository string) error // what was kept for one that could not be added
 }
 
 // Run has a worker look at the repository and records what it found.
@@ -99,6 +100,9 @@ func (k Check) Undo(ctx context.Context, h *job.Handle) error {
 		return err
 	}
 	err := k.Catalog.RemoveRepository(ctx, h.Job().Repository)
+	if err == nil {
+		return k.Forget(h.Job().Repository)
+	}
 	if errors.Is(err, catalog.ErrNotFound) || errors.Is(err, catalog.ErrInUse) {
 		return nil // gone already; or somebody has put it to use meanwhile
 	}

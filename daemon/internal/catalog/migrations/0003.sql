@@ -102,6 +102,13 @@ CREATE INDEX backups_usage ON backups (domain, repository, state, id, offering, 
 
 -- == repositories
 
+-- The path of one that is mounted is its mount point.
+ALTER TABLE repositories ADD COLUMN address TEXT NOT NULL DEFAULT ''; -- of what is mounted; '' for a directory
+ALTER TABLE repositories ADD COLUMN file_system TEXT NOT NULL DEFAULT ''; -- of type mount
+ALTER TABLE repositories ADD COLUMN options TEXT NOT NULL DEFAULT '[]'; -- JSON list: of the mount
+ALTER TABLE repositories ADD COLUMN credentials INTEGER NOT NULL DEFAULT 0; -- there is a file with some
+CREATE UNIQUE INDEX repositories_address ON repositories (type, address, file_system, options) WHERE address <> '';
+
 
 -- == retention
 

@@ -99,6 +99,10 @@ func (l *layout) flush() {
 // later.
 func (l *layout) add(j *job, release func([]byte)) (kept bool) {
 	l.retireRefcounts()
+	if j.source != nil {
+		l.copied(j)
+		return false
+	}
 	if j.zero {
 		for at := j.off; at < j.off+j.length; at += clusterSize {
 			l.set(at>>clusterBits, entryZero)
@@ -159,6 +163,22 @@ func (l *layout) direct(j *job, first uint64, release func([]byte)) bool {
 	l.out.queue <- chunk{offset: l.base, data: j.buffer, release: func() { release(j.buffer) }}
 	l.base += int64(len(j.buffer))
 	return true
+}
+
+// copied has the output copy what lies in another file, to clusters that follow
+// one another.
+func (l *layout) copied(j *job) {
+	first, count := j.off>>clusterBits, j.length>>clusterBits
+	l.prepare(first)
+	// What is packed next begins a cluster of its own: this one is not the last any more.
+	l.packAt, l.packEnd = 0, 0
+	l.flush()
+	for i := range count {
+		l.refcounts = append(l.refcounts, 1)
+		l.l2[(first+i)%l2Entries] = entryCopied | uint64(l.base+int64(i)*clusterSize)
+	}
+	l.out.queue <- chunk{offset: l.base, source: j.source, host: j.host, length: int64(j.length), release: func() {}}
+	l.base += int64(j.length)
 }
 
 // pack stores a compressed cluster behind the last one, as QEMU does: at any

@@ -3,6 +3,7 @@ package qcow2
 import (
 	"fmt"
 	"io"
+	"os"
 	"sync"
 )
 
@@ -21,7 +22,37 @@ type output struct {
 type chunk struct {
 	offset  int64
 	data    []byte
+	source  *os.File // in place of data: so many bytes from host on
+	host    int64
+	length  int64
 	release func()
+}
+
+// Copier is what a file of a Writer may be besides: it takes data from another
+// file without reading it, where the file system can.
+type Copier interface {
+	CopyAt(from *os.File, host, off, length int64) error
+}
+
+// write brings a chunk to the file.
+func (o *output) write(c chunk) error {
+	switch to, ok := o.f.(Copier); {
+	case c.source == nil:
+		if _, err := o.f.WriteAt(c.data, c.offset); err != nil {
+			return fmt.Errorf("cannot write %d bytes at %d: %w", len(c.data), c.offset, err)
+		}
+		return nil
+	case ok:
+		if err := to.CopyAt(c.source, c.host, c.offset, c.length); err != nil {
+			return fmt.Errorf("cannot copy %d bytes to %d: %w", c.length, c.offset, err)
+		}
+		return nil
+	}
+	_, err := io.Copy(io.NewOffsetWriter(o.f, c.offset), io.NewSectionReader(c.source, c.host, c.length))
+	if err != nil {
+		return fmt.Errorf("cannot copy %d bytes to %d: %w", c.length, c.offset, err)
+	}
+	return nil
 }
 
 func newOutput(f io.WriterAt) *output {
@@ -36,8 +67,8 @@ func (o *output) run() {
 	defer close(o.done)
 	for c := range o.queue {
 		if o.failure() == nil {
-			if _, err := o.f.WriteAt(c.data, c.offset); err != nil {
-				o.fail(fmt.Errorf("cannot write %d bytes at %d: %w", len(c.data), c.offset, err))
+			if err := o.write(c); err != nil {
+				o.fail(err)
 			}
 		}
 		c.release()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"runtime"
 	"sync"
 )
@@ -61,6 +62,8 @@ type Writer struct {
 type job struct {
 	off, length uint64
 	zero        bool
+	source      *os.File // copied from as it is, from host on; then there is no buffer
+	host        int64
 	buffer      []byte // as GetBuffer gave it; padded to whole clusters
 	clusters    []packed
 	packed      []byte // the compressed clusters, one after the other
@@ -186,6 +189,27 @@ func pad(p []byte) []byte {
 	clear(p[n:whole])
 	return p[:whole]
 }
+
+// CopyData writes whole clusters of data that lie as they are in another file,
+// from host on, to the disk at off, as WriteData does; the file system may share
+// them between the files. That they are what is meant is for the caller to see.
+func (w *Writer) CopyData(off, length uint64, from *os.File, host int64) error {
+	if err := w.advance(off, length); err != nil {
+		return err
+	}
+	if length%clusterSize != 0 || host%clusterSize != 0 {
+		return fmt.Errorf("cannot copy %d bytes from %d on to %d: not whole clusters", length, host, off)
+	}
+	for length > 0 { // the clusters of one table at a time
+		n := min(length, l2Entries*clusterSize-off%(l2Entries*clusterSize), copySize)
+		w.order <- &job{off: off, length: n, source: from, host: host}
+		off, length, host = off+n, length-n, host+int64(n)
+	}
+	return nil
+}
+
+// copySize is the most that is copied at a time.
+const copySize = 64 << 20
 
 // WriteZero makes a range read as zeros, whatever a backing file has there.
 // The range must be as WriteData wants it.

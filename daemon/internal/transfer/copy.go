@@ -167,7 +167,7 @@ func (d *diskCopy) begin(ctx context.Context, p planner) error {
 func (d *diskCopy) open(ctx context.Context) error {
 	var err error
 	d.ahead = newWriteback(d.image)
-	to := throttledFile{countingFile{d.ahead, d.count}, ctx, d.throttle.writes}
+	to := throttledFile{countingFile{d.ahead, d.image, d.count}, ctx, d.throttle.writes}
 	d.writer, err = qcow2.NewWriter(to, qcow2.WriterOptions{
 		Size: d.spec.Size, ClusterSize: clusterSize, Backing: d.Manifest.Backing(*d.entry),
 		Compression: qcow2.Compression(d.Compression), Level: d.Level, Threads: d.threads(),
@@ -350,7 +350,17 @@ func (d *diskCopy) verify(ctx context.Context) error {
 // countingFile counts what is written to an image.
 type countingFile struct {
 	f     io.WriterAt
+	to    *os.File // what f writes to
 	count *counters
+}
+
+// CopyAt implements qcow2.Copier.
+func (c countingFile) CopyAt(from *os.File, host, off, length int64) error {
+	if err := copyRange(c.to, off, from, host, length); err != nil {
+		return err
+	}
+	c.count.written.Add(uint64(length))
+	return nil
 }
 
 func (c countingFile) WriteAt(p []byte, off int64) (int, error) {

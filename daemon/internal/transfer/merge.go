@@ -161,9 +161,9 @@ func (d *mergedDisk) copy(ctx context.Context) error {
 		return err
 	}
 	for off := uint64(0); off < d.before.Size; off += windowSize {
-		err := d.from.chain.Own(d.images, off, min(windowSize, d.before.Size-off), func(_, length uint64, kind qcow2.Kind) error {
-			if kind == qcow2.Data {
-				d.count.total.Add(length)
+		err := d.from.chain.Held(d.images, off, min(windowSize, d.before.Size-off), func(r qcow2.Run) error {
+			if r.Kind == qcow2.Data {
+				d.count.total.Add(r.Length)
 			}
 			return nil
 		})
@@ -171,11 +171,11 @@ func (d *mergedDisk) copy(ctx context.Context) error {
 			return classify(ClassVerification, err)
 		}
 	}
-	err := ordered(ctx, readDepth, stages[*stored]{
-		produce: func(_ context.Context, emit func(*stored) error) error { return d.walk(emit) },
-		work:    func(_ context.Context, piece *stored) error { return d.from.read(piece, &d.count.done) },
-		consume: func(piece *stored) error { return d.put(&extent{piece.span, piece.data, piece.sums}) },
-		drop:    func(piece *stored) { d.writer.PutBuffer(piece.data) },
+	err := ordered(ctx, readDepth, stages[*merged]{
+		produce: func(_ context.Context, emit func(*merged) error) error { return d.walk(emit) },
+		work:    func(_ context.Context, piece *merged) error { return d.read(piece) },
+		consume: d.take,
+		drop:    func(piece *merged) { d.writer.PutBuffer(piece.data) },
 	})
 	if err != nil {
 		return err
@@ -190,9 +190,62 @@ func (d *mergedDisk) copy(ctx context.Context) error {
 	return nil
 }
 
+// merged is a part of a disk on its way to the new image. What lies in an
+// image's file as it is, is not read, but copied from file to file: that it is
+// what it must be is seen when the new image is read back.
+type merged struct {
+	*stored
+	from *os.File // nil: it is read
+	host int64
+}
+
+func (d *mergedDisk) read(piece *merged) error {
+	if piece.from != nil {
+		return nil
+	}
+	return d.from.read(piece.stored, &d.count.done)
+}
+
+// take takes the next piece into the new image.
+func (d *mergedDisk) take(piece *merged) error {
+	e := &extent{piece.span, piece.data, piece.sums}
+	if piece.from == nil {
+		return d.put(e)
+	}
+	if err := d.digest(e); err != nil {
+		return err
+	}
+	d.count.done.Add(piece.length)
+	return classify(ClassRepository, d.writer.CopyData(piece.off, piece.length, piece.from, piece.host))
+}
+
+// emit emits a run of data or zeroes of one of the images.
+func (d *mergedDisk) emit(r qcow2.Run, emit func(*merged) error) error {
+	var whole uint64 // bytes that are copied as they are
+	if r.Plain && r.Offset%clusterSize == 0 && r.Host%clusterSize == 0 {
+		whole = r.Length / clusterSize * clusterSize
+	}
+	for at := uint64(0); at < whole; at += copiedAtOnce {
+		piece := &stored{span: span{r.Offset + at, min(copiedAtOnce, whole-at), spanData}}
+		if err := d.from.expect(piece); err != nil {
+			return err
+		}
+		if err := emit(&merged{piece, d.from.files[r.Image], r.Host + int64(at)}); err != nil {
+			return err
+		}
+	}
+	if whole == r.Length {
+		return nil
+	}
+	return d.from.emit(r.Offset+whole, r.Length-whole, r.Kind, d.writer.GetBuffer, func(piece *stored) error { return emit(&merged{stored: piece}) })
+}
+
+// copiedAtOnce is how much is copied from file to file at a time, in bytes.
+const copiedAtOnce = 32 << 20
+
 // walk emits the whole disk in order: what the merged images hold, and between
 // that what they leave to those below; or what reads as zeros, if there are none.
-func (d *mergedDisk) walk(emit func(*stored) error) error {
+func (d *mergedDisk) walk(emit func(*merged) error) error {
 	rest := spanZero
 	if d.parent != nil {
 		rest = spanClean
@@ -202,17 +255,17 @@ func (d *mergedDisk) walk(emit func(*stored) error) error {
 		if at >= to {
 			return nil
 		}
-		s := &stored{span: span{at, to - at, rest}}
+		s := &merged{stored: &stored{span: span{at, to - at, rest}}}
 		at = to
 		return emit(s)
 	}
 	for off := uint64(0); off < d.before.Size; off += windowSize {
-		err := d.from.chain.Own(d.images, off, min(windowSize, d.before.Size-off), func(off, length uint64, kind qcow2.Kind) error {
-			if err := gap(off); err != nil {
+		err := d.from.chain.Held(d.images, off, min(windowSize, d.before.Size-off), func(r qcow2.Run) error {
+			if err := gap(r.Offset); err != nil {
 				return err
 			}
-			at = off + length
-			return d.from.emit(off, length, kind, d.writer.GetBuffer, emit)
+			at = r.Offset + r.Length
+			return d.emit(r, emit)
 		})
 		if err != nil {
 			return classify(ClassVerification, err)

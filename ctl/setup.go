@@ -112,21 +112,17 @@ func (a *app) offeringRemoveCommand() *cobra.Command {
 	var o dbus.RemoveOfferingOptions
 	var sure bool
 	cmd := a.offeringVerb("remove", "Remove an offering that no domain has, or take it from those that have it", func(ctx context.Context, c *dbus.Client, offering dbus.OfferingProperties) error {
-		going, err := c.RemoveOffering(ctx, offering.ID, dbus.RemoveOfferingOptions{DryRun: true})
-		if err != nil {
-			return err
-		}
-		names, err := domainNamesOf(ctx, c, going)
+		domains, schedules, err := usersOf(ctx, c, offering)
 		if err != nil {
 			return err
 		}
 		if o.DryRun {
-			return a.show(object{{"offering", offering.Name}, {"domains", names}}, func(p *page) {
-				p.line("Offering %s would be removed; domains that have it: %s.", offering.Name, listOr(names, "none"))
+			return a.show(object{{"offering", offering.Name}, {"domains", domains}, {"schedules", schedules}}, func(p *page) {
+				p.line("Offering %s would be removed; domains that have it: %s; its schedules: %s.", offering.Name, listOr(domains, "none"), listOr(schedules, "none"))
 			})
 		}
-		if o.Forced && len(names) > 0 && a.asks(sure) {
-			if err := a.confirm(ctx, fmt.Sprintf("Remove offering %s, and leave these domains without backups: %s?", offering.Name, strings.Join(names, ", "))); err != nil {
+		if o.Forced && len(domains)+len(schedules) > 0 && a.asks(sure) {
+			if err := a.confirm(ctx, fmt.Sprintf("Remove offering %s, which has domains (%s) and schedules (%s)?", offering.Name, listOr(domains, "none"), listOr(schedules, "none"))); err != nil {
 				return err
 			}
 		}
@@ -143,17 +139,27 @@ func (a *app) offeringRemoveCommand() *cobra.Command {
 	return cmd
 }
 
-// domainNamesOf returns the names of domains.
-func domainNamesOf(ctx context.Context, c *dbus.Client, uuids []string) ([]string, error) {
-	names := []string{}
+// usersOf returns the names of the domains and schedules that have an offering.
+func usersOf(ctx context.Context, c *dbus.Client, o dbus.OfferingProperties) (domains, schedules []string, err error) {
+	uuids, err := c.RemoveOffering(ctx, o.ID, dbus.RemoveOfferingOptions{DryRun: true})
+	if err != nil {
+		return nil, nil, err
+	}
+	domains, schedules = []string{}, []string{}
 	for _, uuid := range uuids {
 		d, err := dbus.Get[dbus.DomainProperties](ctx, c, uuid)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
-		names = append(names, d.Name)
+		domains = append(domains, d.Name)
 	}
-	return names, nil
+	all, err := c.Schedules(ctx)
+	for _, s := range all {
+		if s.Offering == o.Name {
+			schedules = append(schedules, s.Name)
+		}
+	}
+	return domains, schedules, err
 }
 
 // listOr names some things, or says what is said of none.

@@ -25,11 +25,8 @@ func (p Plan) scratch(directory, target string) string {
 // backupSpec is what the worker is asked to copy from a server of exports.
 func (p Plan) backupSpec(version string, from server) *transfer.BackupSpec {
 	b := &transfer.BackupSpec{
-		Confirm: from.confirm, Manifest: p.manifest(version), Compression: p.written(), Level: p.Level, Threads: p.Threads,
+		Confirm: from.confirm, Manifest: p.manifest(version), Compression: p.written(), Level: p.level(), Threads: p.Threads,
 		Files: p.files(), Expected: p.expected(),
-	}
-	if b.Compression == string(dbus.CompressionNone) {
-		b.Level = 0
 	}
 	for _, k := range p.Disks {
 		one := transfer.BackupDisk{Target: k.Target, Socket: from.socket, Export: k.Target, Size: k.Size}
@@ -55,6 +52,13 @@ func (p Plan) written() string {
 	return p.Compression
 }
 
+func (p Plan) level() int {
+	if p.written() == string(dbus.CompressionNone) {
+		return 0
+	}
+	return p.Level
+}
+
 // manifest is what is known of it before the copy.
 func (p Plan) manifest(version string) repository.Manifest {
 	m := repository.Manifest{
@@ -62,7 +66,7 @@ func (p Plan) manifest(version string) repository.Manifest {
 		Domain: repository.Domain{UUID: p.Domain, Name: p.DomainName},
 		Backup: p.Backup, Parent: p.Parent, Chain: p.Chain, Kind: string(p.Kind), Isolated: p.Isolated,
 		Version: version, Quiesce: p.Quiesce, Secrets: p.Secrets,
-		Offering: repository.Offering{ID: p.Offering, Name: p.Offering, Compression: p.Compression, Level: p.Level},
+		Offering: repository.Offering{ID: p.Offering, Name: p.Offering, Compression: p.written(), Level: p.level()},
 	}
 	for _, k := range p.Disks {
 		d := repository.Disk{

@@ -134,8 +134,15 @@ func planRemoval(backups []catalog.Backup, ids []string, withChildren bool) ([]s
 		return nil, dbus.Errorf(dbus.ErrNotFound, "%v", err)
 	case errors.Is(err, chain.ErrRunning):
 		return nil, dbus.Errorf(dbus.ErrBusy, "%v: wait for its job, or cancel it", err)
+	case err != nil:
+		return nil, err
 	}
-	return going, err
+	for _, b := range backups {
+		if b.Hold != "" && slices.Contains(going, b.ID) {
+			return nil, dbus.Errorf(dbus.ErrBusy, "backup %s is held (%s): release it first", b.ID, b.Hold)
+		}
+	}
+	return going, nil
 }
 
 func (s *Service) remove(ctx context.Context, caller bus.Caller, chainID string, ids []string, withChildren, dryRun bool) ([]string, string, error) {

@@ -123,8 +123,8 @@ func (s *Service) RemoveOffering(ctx context.Context, caller bus.Caller, id stri
 	if o.DryRun {
 		return uuids, nil
 	}
-	if len(assigned) > 0 && !o.Forced {
-		return nil, dbus.Errorf(dbus.ErrBusy, "offering %q is assigned to %s: unassign it first, or force it, and they have none", offering.Name, domainNames(assigned))
+	if err := s.unused(ctx, offering, assigned); err != nil && !o.Forced {
+		return nil, err
 	}
 	if err := s.unscheduled(ctx, offering.Name); err != nil && !o.Forced {
 		return nil, err
@@ -139,6 +139,23 @@ func (s *Service) RemoveOffering(ctx context.Context, caller bus.Caller, id stri
 	}
 	s.notifier.Removed(dbus.Ref{Kind: dbus.KindOffering, ID: id})
 	return uuids, nil
+}
+
+// unused refuses an offering that domains or schedules have.
+func (s *Service) unused(ctx context.Context, o catalog.Offering, assigned []catalog.Domain) error {
+	if len(assigned) > 0 {
+		return dbus.Errorf(dbus.ErrBusy, "offering %q is assigned to %s: unassign it first, or force it, and they have none", o.Name, domainNames(assigned))
+	}
+	all, err := s.Catalog.Schedules(ctx)
+	if err != nil {
+		return failure.Named(err)
+	}
+	for _, one := range all {
+		if one.Offering == o.Name {
+			return dbus.Errorf(dbus.ErrBusy, "schedule %q is for offering %q: remove it first, or force it, and the schedule has nothing to do", one.Name, o.Name)
+		}
+	}
+	return nil
 }
 
 // domainNames names some domains for people.

@@ -71,6 +71,21 @@ func TestOfferingInUseIsRemovedOnlyByForce(t *testing.T) {
 	}
 }
 
+func TestOfferingWithAScheduleIsInUse(t *testing.T) {
+	s, _ := newService(t)
+	withRepositories(t, s, "nas")
+	id := makeOffering(t, s, "daily", "nas", dbus.Settings{})
+	if err := s.Catalog.CreateSchedule(t.Context(), catalog.Schedule{ID: "S1", Name: "nightly", Offering: "daily", Overlap: catalog.OverlapSkip}); err != nil {
+		t.Fatal(err)
+	}
+	if err := removeOffering(t, s, id, dbus.RemoveOfferingOptions{}); !errors.Is(err, dbus.ErrBusy) || !strings.Contains(err.Error(), `"nightly"`) {
+		t.Errorf("without force: %v", err)
+	}
+	if err := removeOffering(t, s, id, dbus.RemoveOfferingOptions{Forced: true}); err != nil {
+		t.Errorf("forced: %v", err)
+	}
+}
+
 func TestAllBackupsOfADomainAreForeseen(t *testing.T) {
 	s, _ := newService(t)
 	withRepositories(t, s, "nas", "tape")
@@ -95,6 +110,15 @@ func TestAllBackupsOfADomainAreForeseen(t *testing.T) {
 		if b, err := s.Catalog.Backup(t.Context(), id); err != nil || b.State != chain.Complete {
 			t.Errorf("a dry run touched %s: %s, %v", id, b.State, err)
 		}
+	}
+	if err := s.Catalog.HoldBackup(t.Context(), "B1", "for the auditor"); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, _, err := foresee(); !errors.Is(err, dbus.ErrBusy) || !strings.Contains(err.Error(), "for the auditor") {
+		t.Errorf("while one is held: %v", err)
+	}
+	if err := s.Catalog.HoldBackup(t.Context(), "B1", ""); err != nil {
+		t.Fatal(err)
 	}
 	running := child
 	running.ID, running.Parent = "B2", "B1"

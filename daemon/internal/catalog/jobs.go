@@ -209,7 +209,9 @@ type JobFilter struct {
 	Kind   string
 	Domain string // UUID
 	Parent string // id of a group
-	States []JobState
+	// Schedule is the id of the schedule that started them.
+	Schedule string
+	States   []JobState
 	// Unfinished selects those that have not ended.
 	Unfinished bool
 	Since      time.Time // created at or after
@@ -222,6 +224,7 @@ func (c *Catalog) ListJobs(ctx context.Context, f JobFilter, p Page) (list []Job
 	q.equal("kind", f.Kind)
 	q.equal("domain", f.Domain)
 	q.equal("parent", f.Parent)
+	q.equal("schedule", f.Schedule)
 	oneOf(&q, "state", f.States)
 	if f.Unfinished {
 		q.add("finished = 0")

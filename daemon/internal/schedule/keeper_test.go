@@ -86,14 +86,14 @@ func (h *host) Prepare(context.Context, catalog.Schedule) (Work, *Obstacle) {
 }
 
 // begin starts two jobs.
-func (h *host) begin(ctx context.Context, _ catalog.ScheduleRun) (jobs []string, err error) {
+func (h *host) begin(ctx context.Context, r catalog.ScheduleRun) (jobs []string, err error) {
 	if h.refused != nil {
 		return nil, h.refused
 	}
 	for range 2 {
 		h.started++
 		id := fmt.Sprintf("J%d", h.started)
-		if err := h.catalog.CreateJob(ctx, catalog.Job{ID: id, Kind: "backup", Domain: "web"}); err != nil {
+		if err := h.catalog.CreateJob(ctx, catalog.Job{ID: id, Kind: "backup", Domain: "web", Schedule: r.Schedule, Created: time.Now()}); err != nil {
 			h.t.Fatal(err)
 		}
 		jobs = append(jobs, id)
@@ -205,8 +205,18 @@ func TestRunsAfterACrash(t *testing.T) {
 	if err := h.catalog.AddRun(t.Context(), catalog.ScheduleRun{ID: "00", Schedule: "s", State: catalog.RunRunning, Created: time.Now()}); err != nil {
 		t.Fatal(err)
 	}
-	h.trigger("s", catalog.RunRunning, "")
+	started := h.trigger("s", catalog.RunRunning, "")
 	h.expect("s", "running failed")
+
+	// The jobs were started, and only that was not recorded.
+	started.Jobs = nil
+	if err := h.catalog.UpdateRun(t.Context(), started); err != nil {
+		t.Fatal(err)
+	}
+	h.settleAll(t.Context())
+	h.expect("s", "running failed")
+	h.end(catalog.JobSucceeded, "J1", "J2")
+	h.expect("s", "succeeded failed")
 }
 
 func TestDisabledScheduleDoesNotRun(t *testing.T) {

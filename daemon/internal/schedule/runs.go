@@ -124,8 +124,27 @@ func (k *Keeper) explain(ctx context.Context, s catalog.Schedule, r catalog.Sche
 	return nil
 }
 
+// adopt finds the jobs of a run, when the daemon went down before it recorded them.
+func (k *Keeper) adopt(ctx context.Context, r *catalog.ScheduleRun) error {
+	jobs, err := k.catalog.ListJobs(ctx, catalog.JobFilter{Schedule: r.Schedule, Since: r.Created}, catalog.Page{})
+	for _, j := range jobs {
+		if j.Parent == "" { // the others are of a group that is the run's
+			r.Jobs = append(r.Jobs, j.ID)
+		}
+	}
+	if err != nil || len(r.Jobs) == 0 {
+		return err
+	}
+	return k.catalog.UpdateRun(ctx, *r)
+}
+
 // end records how a run ended, if all its jobs have.
 func (k *Keeper) end(ctx context.Context, s catalog.Schedule, r catalog.ScheduleRun) error {
+	if len(r.Jobs) == 0 {
+		if err := k.adopt(ctx, &r); err != nil {
+			return err
+		}
+	}
 	var jobs []catalog.Job
 	for _, id := range r.Jobs {
 		j, err := k.catalog.Job(ctx, id)

@@ -171,11 +171,23 @@ func (s *Service) startRun(ctx context.Context, all []scheduledBackup, run catal
 	return jobs, err
 }
 
+// scheduledAttempts is how often a backup that nobody waits for is tried, when
+// what it fails of may pass.
+const scheduledAttempts = 3
+
 func (s *Service) startScheduled(ctx context.Context, b scheduledBackup, run catalog.ScheduleRun) (string, error) {
 	if err := s.Catalog.SeenDomain(ctx, b.domain.UUID, b.domain.Name); err != nil {
 		return "", failure.Named(err)
 	}
-	return s.start(ctx, backup.NewJob(b.request, run.UID))
+	if err := s.withinQuota(ctx, bus.Caller{UID: run.UID}, b.domain.Name, b.request); err != nil {
+		return "", err
+	}
+	job := backup.NewJob(b.request, run.UID)
+	job.Schedule, job.Attempts = run.Schedule, scheduledAttempts
+	if run.Timer {
+		job.Origin = catalog.OriginSchedule
+	}
+	return s.start(ctx, job)
 }
 
 var _ schedule.Backups = (*Service)(nil)

@@ -300,6 +300,46 @@ func TestDelete(t *testing.T) {
 	must(t, c.RemoveRepository(ctx, "r1"))
 }
 
+// TestNoHoldComesBetween holds what is just being merged, and merges what is held.
+func TestNoHoldComesBetween(t *testing.T) {
+	c, ctx := openNew(t), t.Context()
+	fixture(t, c)
+	take(t, c, fullBackup("b1"))
+	take(t, c, increment("b2", "b1", "b1"))
+	take(t, c, increment("b3", "b1", "b2"))
+	for _, j := range []string{"j1", "j2"} { // one has no step
+		must(t, c.CreateJob(ctx, Job{ID: j, Kind: "prune", Domain: "d1", Spec: json.RawMessage("{}")}))
+		must(t, c.StartJob(ctx, j, epoch))
+	}
+	m := chain.Merge{Into: "b2", Drop: []string{"b1"}}
+	begin := func() error {
+		data, err := json.Marshal(map[string]any{"merge": m})
+		must(t, err)
+		return c.BeginMerge(ctx, m, Step{Job: "j1", Name: "merging", Data: data})
+	}
+	must(t, c.HoldBackup(ctx, "b1", "wanted"))
+	mustBe(t, ErrInUse, begin())
+	must(t, c.HoldBackup(ctx, "b1", ""))
+	must(t, begin())
+	mustBe(t, ErrInUse, c.HoldBackup(ctx, "b1", "wanted"))
+	must(t, c.HoldBackup(ctx, "b2", "wanted"))
+	b, err := c.Backup(ctx, "b2")
+	must(t, err)
+	merged := Merged{Merge: m, Manifest: json.RawMessage("{}")}
+	for _, i := range b.Images {
+		merged.Images = append(merged.Images, MergedImage{Target: i.Target, Kind: chain.Full})
+	}
+	must(t, c.MergeBackups(ctx, merged, Step{Job: "j1", Name: "deleting"}))
+	mustBe(t, ErrState, c.HoldBackup(ctx, "b1", "wanted"))
+	if head, err := c.LatestChain(ctx, "d1", "r1"); err != nil || head.Tip == nil || head.Tip.ID != "b3" || head.ID != "b1" {
+		t.Errorf("the chain is %+v, %v", head, err)
+	}
+	must(t, c.DeleteBackups(ctx, []string{"b1"}))
+	if b, err = c.Backup(ctx, "b2"); err != nil || b.Kind != chain.Full || b.Parent != "" || b.Chain != "b1" {
+		t.Errorf("merged, it is %+v, %v", b, err)
+	}
+}
+
 // TestKeep has a deletion given up: what is whole is what it was, in a chain
 // that has ended.
 func TestKeep(t *testing.T) {

@@ -82,7 +82,7 @@ func chainTip(ctx context.Context, tx *sql.Tx, id string) (*Backup, error) {
 	var tip string
 	err := tx.QueryRowContext(ctx, `SELECT id FROM backups AS b WHERE chain = ? AND state <> 'running' AND NOT EXISTS
 		(SELECT 1 FROM backups WHERE parent = b.id AND state <> 'running')
-		ORDER BY state = 'deleting' LIMIT 1`, id).Scan(&tip) // what was merged into another one is no tip
+		ORDER BY state = 'deleting', sequence DESC LIMIT 1`, id).Scan(&tip) // what was merged into another one is no tip
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, nil
 	}

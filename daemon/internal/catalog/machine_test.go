@@ -151,6 +151,10 @@ func (m *machine) merge(t *rapid.T) {
 		merged.Images = append(merged.Images, MergedImage{Target: i.Target, Kind: kind, StoredBytes: 5, DataBytes: 4})
 	}
 	if len(merged.Drop) > 0 {
+		if begun := m.catalog.BeginMerge(m.ctx, merged.Merge, Step{Job: "j", Name: "merging"}); begun != nil {
+			refusable(t, begun)
+			return
+		}
 		refusable(t, m.catalog.MergeBackups(m.ctx, merged, Step{Job: "j", Name: "merge"}))
 	}
 }

@@ -10,6 +10,8 @@ import (
 )
 
 // HoldBackup has a backup stay, for a reason, until it is released with none.
+// ErrState: it is being deleted, or not made yet; ErrInUse: it is just being
+// merged into another one.
 func (c *Catalog) HoldBackup(ctx context.Context, id, reason string) error {
 	return c.write(ctx, "hold backup "+id, func(tx *sql.Tx) error {
 		b, err := oneBackup(ctx, tx, id)
@@ -18,6 +20,14 @@ func (c *Catalog) HoldBackup(ctx context.Context, id, reason string) error {
 		}
 		if reason != "" && b.State != chain.Complete && b.State != chain.Damaged {
 			return fmt.Errorf("backup is %s: %w", b.State, ErrState)
+		}
+		merging, err := collect(ctx, tx, scanString, `SELECT jobs.id FROM jobs, json_each(iif(step = 'merging', step_data, '{}'), '$.merge.drop') AS dropped
+			WHERE domain = ? AND finished = 0 AND kind = 'prune' AND dropped.value = ?`, b.Domain, id)
+		if err != nil {
+			return err
+		}
+		if reason != "" && len(merging) > 0 {
+			return fmt.Errorf("job %s merges it into another backup: %w", merging[0], ErrInUse)
 		}
 		return exactlyOne(tx.ExecContext(ctx, "UPDATE backups SET hold = ? WHERE id = ?", reason, id))
 	})
@@ -59,34 +69,55 @@ type MergedImage struct {
 	StoredBytes, DataBytes uint64
 }
 
+// BeginMerge records, as the job's step, that backups are going to be merged into
+// the one that builds on them. Errors are those of MergeBackups.
+func (c *Catalog) BeginMerge(ctx context.Context, m chain.Merge, step Step) error {
+	return c.write(ctx, "begin to merge backups into "+m.Into, func(tx *sql.Tx) error {
+		if err := mergeable(ctx, tx, m); err != nil {
+			return err
+		}
+		return recordStep(ctx, tx, step)
+	})
+}
+
+// mergeable holds a merge against how the backups build on each other.
+func mergeable(ctx context.Context, tx *sql.Tx, m chain.Merge) error {
+	into, err := oneBackup(ctx, tx, m.Into)
+	if err != nil {
+		return err
+	}
+	at := into.Parent
+	for _, id := range m.Drop {
+		b, err := oneBackup(ctx, tx, id)
+		switch {
+		case err != nil:
+			return err
+		case id != at || b.State != chain.Complete || into.State != chain.Complete:
+			return fmt.Errorf("backup %s, which is %s, does not build on %s, which is %s: %w", m.Into, into.State, id, b.State, ErrState)
+		case b.Hold != "":
+			return fmt.Errorf("backup %s is held (%s): %w", id, b.Hold, ErrInUse)
+		}
+		at = b.Parent
+	}
+	if at != m.Base {
+		return fmt.Errorf("the backups stand on %q and not on %q: %w", at, m.Base, ErrState)
+	}
+	return nil
+}
+
 // MergeBackups records that a backup has taken over what those below it held:
 // it builds on their base, and they are being deleted, together with the job's
 // step. ErrState: that is not how they build on each other, or one is not
 // complete; ErrInUse: one that goes is held.
 func (c *Catalog) MergeBackups(ctx context.Context, m Merged, step Step) error {
 	return c.write(ctx, "merge backups into "+m.Into, func(tx *sql.Tx) error {
-		into, err := oneBackup(ctx, tx, m.Into)
-		if err != nil {
+		if err := mergeable(ctx, tx, m.Merge); err != nil {
 			return err
 		}
-		at := into.Parent
 		for _, id := range m.Drop {
-			b, err := oneBackup(ctx, tx, id)
-			switch {
-			case err != nil:
-				return err
-			case id != at || b.State != chain.Complete || into.State != chain.Complete:
-				return fmt.Errorf("backup %s, which is %s, does not build on %s, which is %s: %w", m.Into, into.State, id, b.State, ErrState)
-			case b.Hold != "":
-				return fmt.Errorf("backup %s is held (%s): %w", id, b.Hold, ErrInUse)
-			}
-			at = b.Parent
 			if _, err := tx.ExecContext(ctx, "UPDATE backups SET state = 'deleting' WHERE id = ?", id); err != nil {
 				return err
 			}
-		}
-		if at != m.Base {
-			return fmt.Errorf("the backups stand on %q and not on %q: %w", at, m.Base, ErrState)
 		}
 		if err := updateMerged(ctx, tx, m); err != nil {
 			return err

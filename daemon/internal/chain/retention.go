@@ -29,9 +29,9 @@ type Point struct {
 // Merge is what becomes of backups that go while one that stays builds on them:
 // that one takes over what they hold.
 type Merge struct {
-	Into string   // the backup that stays
-	Drop []string // those that go, the newest first: Into's parent, the parent's parent, …
-	Base string   // the parent of the last of them; "" if that is a full one
+	Into string   `json:"into"` // the backup that stays
+	Drop []string `json:"drop"` // those that go, the newest first: Into's parent, the parent's parent, …
+	Base string   `json:"base"` // the parent of the last of them; "" if that is a full one
 }
 
 // RetentionPlan says what becomes of each backup.

@@ -38,9 +38,18 @@ func Plan(ctx context.Context, c *catalog.Catalog, domain, repository string, r 
 	if err != nil {
 		return chain.RetentionPlan{}, err
 	}
+	base := ""
+	head, err := c.LatestChain(ctx, domain, repository)
+	switch {
+	case errors.Is(err, catalog.ErrNotFound):
+	case err != nil:
+		return chain.RetentionPlan{}, err
+	case head.State == chain.Open && head.Tip != nil:
+		base = head.Tip.ID
+	}
 	points := make([]chain.Point, 0, len(backups))
 	for _, b := range backups {
-		points = append(points, chain.Point{Backup: b.Link(), Sequence: b.Sequence, Created: b.Created, Hold: b.Hold != ""})
+		points = append(points, chain.Point{Backup: b.Link(), Sequence: b.Sequence, Created: b.Created, Hold: b.Hold != "", Base: b.ID == base})
 	}
 	return chain.PlanRetention(points, r, time.Local), nil
 }
@@ -108,9 +117,58 @@ func (k Prune) Run(ctx context.Context, h *job.Handle) error {
 	}
 }
 
-// Undo has nothing to take back: what was merged holds what it held, and what
-// is marked as being deleted is removed by the next prune.
-func (Prune) Undo(context.Context, *job.Handle) error { return nil }
+// Undo takes nothing back: what was merged holds what it held, and what is
+// marked as being deleted is removed by the next prune. It clears up after a
+// worker that died, and records a merge that came through all the same.
+func (k Prune) Undo(ctx context.Context, h *job.Handle) error {
+	if h.Job().Step != stepMerging {
+		return nil
+	}
+	r := &run{Prune: k, job: h}
+	var err error
+	if r.repository, err = k.Catalog.Repository(ctx, h.Job().Repository); err != nil {
+		return err
+	}
+	if err := json.Unmarshal(h.Job().StepData, &r.data); err != nil {
+		return fmt.Errorf("cannot read the job's step: %w", err)
+	}
+	into := r.data.Merge.Into
+	_, err = k.Errand.Run(ctx, h, r.repository, transfer.Spec{
+		Operation: transfer.OperationDiscard, Domain: h.Job().Domain, Backups: []string{into, h.Job().ID},
+	})
+	if err != nil {
+		return err
+	}
+	found, err := k.Errand.Run(ctx, h, r.repository, transfer.Spec{Operation: transfer.OperationList, Domain: h.Job().Domain})
+	if err != nil {
+		return err
+	}
+	for _, b := range found.Backups {
+		if b.Backup == into && b.Error == nil && b.Manifest != nil {
+			return r.catchUp(ctx, b.Manifest)
+		}
+	}
+	return nil
+}
+
+// catchUp records how a backup stands in the repository, if it has taken over
+// others there since the catalog was written.
+func (r *run) catchUp(ctx context.Context, manifest *repository.Manifest) error {
+	b, err := r.Catalog.Backup(ctx, manifest.Backup)
+	if err != nil || b.Parent == manifest.Parent {
+		return err
+	}
+	m := chain.Merge{Into: b.ID, Base: manifest.Parent}
+	for at := b.Parent; at != "" && at != m.Base; {
+		m.Drop = append(m.Drop, at)
+		below, err := r.Catalog.Backup(ctx, at)
+		if err != nil {
+			return err
+		}
+		at = below.Parent
+	}
+	return r.record(ctx, m, manifest)
+}
 
 func (r *run) resume(ctx context.Context, step string) error {
 	if step == stepMerging {
@@ -160,13 +218,21 @@ func (r *run) next(ctx context.Context) (more bool, err error) {
 	case len(plan.Delete) > 0:
 		return true, r.beginDelete(ctx, plan.Delete[0])
 	case len(plan.Merge) > 0:
-		r.data.Merge = &plan.Merge[0]
-		if err := r.job.Step(ctx, stepMerging, r.data); err != nil {
-			return false, err
-		}
-		return true, r.merge(ctx)
+		return true, r.beginMerge(ctx, plan.Merge[0])
 	}
 	return false, nil
+}
+
+func (r *run) beginMerge(ctx context.Context, m chain.Merge) error {
+	r.data.Merge, r.data.Delete = &m, nil
+	step, err := r.job.NewStep(stepMerging, r.data)
+	if err != nil {
+		return err
+	}
+	if err := r.Catalog.BeginMerge(ctx, m, step); err != nil {
+		return failure.Named(err)
+	}
+	return r.merge(ctx)
 }
 
 func (r *run) beginDelete(ctx context.Context, ids []string) error {
@@ -212,7 +278,16 @@ func (r *run) merge(ctx context.Context) error {
 	if result == nil || result.Manifest == nil {
 		return fmt.Errorf("the worker merged into backup %s, and does not say what it is now", m.Into)
 	}
-	merged, err := mergedBackup(m, result.Manifest)
+	if err := r.record(ctx, m, result.Manifest); err != nil {
+		return err
+	}
+	return r.delete(ctx)
+}
+
+// record records what came of a merge: what went into the other backup is to be
+// deleted now.
+func (r *run) record(ctx context.Context, m chain.Merge, manifest *repository.Manifest) error {
+	merged, err := mergedBackup(m, manifest)
 	if err != nil {
 		return err
 	}
@@ -226,7 +301,7 @@ func (r *run) merge(ctx context.Context) error {
 		return failure.Named(err)
 	}
 	r.job.Log(ctx, slog.LevelInfo, fmt.Sprintf("merged %s into %s", strings.Join(m.Drop, ", "), m.Into))
-	return r.delete(ctx)
+	return nil
 }
 
 func mergedBackup(m chain.Merge, manifest *repository.Manifest) (catalog.Merged, error) {

@@ -77,7 +77,11 @@ func (s *Service) planPrune(ctx context.Context, uuid, repository string) (all [
 		}
 		one := dbus.PruneEntry{Repository: r.Name, Backup: b.ID, Created: b.Created, StoredBytes: b.StoredBytes,
 			Action: dbus.PruneDelete, Reasons: plan.Keep[b.ID]}
-		if len(one.Reasons) > 0 {
+		switch {
+		case b.State == chain.Deleting: // a job before did not get to it
+			one.Reasons = nil
+			removed++
+		case len(one.Reasons) > 0:
 			one.Action = dbus.PruneKeep
 		}
 		if i := slices.IndexFunc(plan.Merge, func(m chain.Merge) bool { return slices.Contains(m.Drop, b.ID) }); i >= 0 {
@@ -85,7 +89,7 @@ func (s *Service) planPrune(ctx context.Context, uuid, repository string) (all [
 		}
 		all = append(all, one)
 	}
-	return all, plan.Removed(), nil
+	return all, removed + plan.Removed(), nil
 }
 
 // pruneAfter starts what a backup that was made lets go, if anything.

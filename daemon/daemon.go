@@ -25,6 +25,8 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/config"
 	"github.com/virtbackup/virtbackup/daemon/internal/errand"
 	"github.com/virtbackup/virtbackup/daemon/internal/export"
+	"github.com/virtbackup/virtbackup/daemon/internal/failure"
+	"github.com/virtbackup/virtbackup/daemon/internal/group"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
 	"github.com/virtbackup/virtbackup/daemon/internal/journal"
@@ -186,6 +188,7 @@ func (a *app) wire() {
 		backup.KindName:                      a.backup,
 		string(dbus.OperationRestore):        restores,
 		string(dbus.OperationRestoreInPlace): restores,
+		group.KindName:                       group.Kind{Catalog: a.catalog},
 		string(dbus.OperationVerify):         verification.Verify{Catalog: a.catalog, Errand: errands},
 		string(dbus.OperationCheck):          verification.Check{Catalog: a.catalog, Errand: errands, Forget: a.mounts.Forget},
 		string(dbus.OperationDelete):         removal.Delete{Catalog: a.catalog, Errand: errands},
@@ -195,10 +198,7 @@ func (a *app) wire() {
 			}},
 	}, job.Options{
 		Logger: a.log, KeepFor: keepJobsFor, KeepMost: keepJobs,
-		Limits: job.Limits{
-			Concurrent: c.Limits.ConcurrentJobs, ConcurrentPerRepository: c.Limits.ConcurrentJobsPerRepository,
-			PerUser: c.Limits.JobsPerUser, Queue: c.Limits.Queue,
-		},
+		Limits: jobLimits(c), Classes: jobClasses(), Passing: failure.Passing,
 	})
 	host, err := os.Hostname()
 	if err != nil {
@@ -408,6 +408,7 @@ func (a *app) reload(ctx context.Context) (*config.Config, error) {
 	}
 	a.level.Set(c.Daemon.LogLevel.Slog())
 	a.settings.Store(c)
+	a.engine.SetLimits(jobLimits(c))
 	if err := a.workers.Apply(ctx, a.limits()); err != nil {
 		a.log.Warn("some jobs that run go on with the limits they had", "error", err)
 	}

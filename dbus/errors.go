@@ -39,6 +39,10 @@ const (
 	ErrRepositoryFull ErrorName = "org.virtbackup1.Error.RepositoryFull"
 	// ErrDamaged: stored data is not what was written.
 	ErrDamaged ErrorName = "org.virtbackup1.Error.Damaged"
+	// ErrStalled: it made no progress.
+	ErrStalled ErrorName = "org.virtbackup1.Error.Stalled"
+	// ErrTimedOut: it was not done in time.
+	ErrTimedOut ErrorName = "org.virtbackup1.Error.TimedOut"
 	// ErrCancelled: somebody asked for it to stop.
 	ErrCancelled ErrorName = "org.virtbackup1.Error.Cancelled"
 	// ErrFailed: anything else.
@@ -49,7 +53,7 @@ const (
 func ErrorNames() []ErrorName {
 	return []ErrorName{
 		ErrNotFound, ErrExists, ErrInvalidArgument, ErrNotAuthorized, ErrBusy, ErrLimitsExceeded, ErrQuotaExceeded, ErrUnsupported,
-		ErrUnavailable, ErrRepositoryUnavailable, ErrRepositoryFull, ErrDamaged, ErrCancelled, ErrFailed,
+		ErrUnavailable, ErrRepositoryUnavailable, ErrRepositoryFull, ErrDamaged, ErrStalled, ErrTimedOut, ErrCancelled, ErrFailed,
 	}
 }
 

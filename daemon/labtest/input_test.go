@@ -212,7 +212,7 @@ func configure(t *testing.T, settings string) {
 // TestInputLimits lets a user have as many jobs as the settings say.
 func TestInputLimits(t *testing.T) {
 	h, ctx := newHost(t), t.Context()
-	configure(t, "[limits]\nconcurrent_jobs = 1\njobs_per_user = 2\n")
+	configure(t, "[limits]\nconcurrent_backups = 1\njobs_per_user = 2\n")
 	first := startBare(t, "input-first", bareDisk(t, "vda", "qcow2", ""))
 	g := startBare(t, "input-second", bareDisk(t, "vda", "qcow2", ""))
 	allow(t, "org.virtbackup1.backup", g.uuid)

@@ -134,6 +134,12 @@ func NewJob(r Request, uid uint32) job.Request {
 	return job.Request{Kind: KindName, Domain: r.Domain, Repository: r.Repository, Backup: ulid.Make().String(), Spec: r, UID: uid}
 }
 
+// Again gives the next try a backup of its own: the one that failed stays known
+// as that.
+func (k *Kind) Again(catalog.Job) string { return ulid.Make().String() }
+
+var _ job.Retrier = (*Kind)(nil)
+
 // Names of the steps.
 const (
 	stepPlanned = "planned"
@@ -251,7 +257,7 @@ func (r *run) discardLost(ctx context.Context) error {
 	return err
 }
 
-func (r *run) progress(s transfer.Status) { r.job.Progress(s.Phase, s.Done, s.Total) }
+func (r *run) progress(s transfer.Status) { errand.Progress(r.job, s) }
 
 // settled is a context for what must be done also when the job has been
 // cancelled meanwhile; only the daemon's going down ends it.

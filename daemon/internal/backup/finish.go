@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/errand"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 )
@@ -21,6 +22,7 @@ const callLimit = 30 * time.Second
 func (r *run) finish(ctx context.Context, m *repository.Manifest) error {
 	ctx, cancel := settled(ctx)
 	defer cancel()
+	r.job.Waits(errand.PhaseFinishing)
 	r.warn(ctx, "end the export of the disks", r.source().end(ctx))
 	limited, stop := context.WithTimeout(ctx, callLimit)
 	defer stop()

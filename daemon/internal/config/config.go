@@ -28,6 +28,7 @@ type Config struct {
 	Daemon       Daemon
 	Libvirt      Libvirt
 	Limits       Limits
+	Jobs         Jobs
 	Backup       Backup
 	Restore      Restore
 	Metrics      Metrics
@@ -53,10 +54,19 @@ type Libvirt struct {
 
 // Limits is the section [limits].
 type Limits struct {
-	ConcurrentJobs              int
+	ConcurrentBackups           int
+	ConcurrentRestores          int
+	ConcurrentCompressions      int
+	ConcurrentValidations       int
+	ConcurrentMaintenance       int
 	ConcurrentJobsPerRepository int
 	JobsPerUser                 int // unfinished jobs; root has no bound
 	Queue                       int // waiting jobs
+	BackupTimeout               time.Duration
+	RestoreTimeout              time.Duration
+	CompressionTimeout          time.Duration
+	ValidationTimeout           time.Duration
+	MaintenanceTimeout          time.Duration
 	CPUWeight                   int // as systemd's CPUWeight=
 	CPUQuota                    int // percent of one CPU; 0: no bound
 	MemoryMax                   Size
@@ -67,6 +77,17 @@ type Limits struct {
 	MinimumFreeRepository       Size
 	MinimumFreeScratch          Size
 }
+
+// Jobs is the section [jobs].
+type Jobs struct {
+	Attempts   int // of a job of a schedule, or of the daemon's own
+	RetryDelay time.Duration
+	StallLimit time.Duration
+	Window     Spans
+}
+
+// Spans are spans of the week, as package window reads them.
+type Spans []string
 
 // Backup is the section [backup].
 type Backup struct {
@@ -109,10 +130,14 @@ func Default() *Config {
 		Daemon:  Daemon{StateDirectory: "/var/lib/virtbackup", RuntimeDirectory: "/run/virtbackup", LogLevel: "info"},
 		Libvirt: Libvirt{URI: "qemu:///system", AgentTimeout: 10 * time.Second, HoldLimit: 30 * time.Second},
 		Limits: Limits{
-			ConcurrentJobs: 2, ConcurrentJobsPerRepository: 2, JobsPerUser: 20, Queue: 200,
+			ConcurrentBackups: 2, ConcurrentRestores: 2, ConcurrentCompressions: 5, ConcurrentValidations: 1, ConcurrentMaintenance: 2,
+			BackupTimeout: 12 * time.Hour, RestoreTimeout: 24 * time.Hour, CompressionTimeout: 12 * time.Hour,
+			ValidationTimeout: 12 * time.Hour, MaintenanceTimeout: 12 * time.Hour,
+			ConcurrentJobsPerRepository: 2, JobsPerUser: 20, Queue: 200,
 			CPUWeight: 50, MemoryMax: 1 * gibibyte, IOWeight: 50,
 			MinimumFreeRepository: 256 * mebibyte, MinimumFreeScratch: 256 * mebibyte,
 		},
+		Jobs:         Jobs{Attempts: 3, RetryDelay: time.Minute, StallLimit: 15 * time.Minute},
 		Backup:       Backup{ScratchDirectory: "/var/lib/virtbackup/scratch"},
 		Restore:      Restore{Destinations: []string{"/var/lib/libvirt/images"}},
 		Metrics:      Metrics{Interval: time.Minute},

@@ -101,7 +101,7 @@ func TestRefused(t *testing.T) {
 	for name, c := range map[string]struct{ text, want string }{
 		"syntax":               {"[daemon]\nlog_level = \n", ":2: "},
 		"twice":                {"[daemon]\nlog_level = \"info\"\nlog_level = \"info\"\n", ":3: "},
-		"misspelt key":         {"[limits]\n\nconcurent_jobs = 3", `:3: unknown setting "limits.concurent_jobs"; did you mean "limits.concurrent_jobs"?`},
+		"misspelt key":         {"[limits]\n\nconcurent_backups = 3", `:3: unknown setting "limits.concurent_backups"; did you mean "limits.concurrent_backups"?`},
 		"wrong section":        {"[daemon]\nuri = \"qemu:///system\"", `:2: unknown setting "daemon.uri"; did you mean "libvirt.uri"?`},
 		"misspelt section":     {"\n[limit]\nqueue = 3", `:2: unknown setting "limit"; did you mean "[limits]"?`},
 		"key without section":  {"queue = 3", `:1: unknown setting "queue"`},
@@ -132,6 +132,8 @@ func TestRefused(t *testing.T) {
 		"up as destination":    {"[restore]\ndestinations = [\"/srv/..\"]", `:2: restore.destinations: "/srv/.." is not a usable directory`},
 		"destinations, mixed":  {"[restore]\ndestinations = [\"/srv\", 3]", `:2: restore.destinations: not a list of strings`},
 		"destination, no list": {"[restore]\ndestinations = \"/srv\"", `:2: restore.destinations: not a list`},
+		"no window":            {"[jobs]\nwindow = [\"22-06\"]", `:2: jobs.window: "22-06" is not a window`},
+		"window, no list":      {"[jobs]\nwindow = \"22:00-06:00\"", `:2: jobs.window: not a list`},
 		"remote libvirt":       {"[libvirt]\nuri = \"qemu+ssh://root@host/system\"", `:2: libvirt.uri: "qemu+ssh://root@host/system" is not a usable connection`},
 		"command in the URI":   {"[libvirt]\nuri = \"qemu:///system?command=/tmp/x\"", `is not a usable connection`},
 		"other hypervisor":     {"[libvirt]\nuri = \"test:///default\"", `is not a usable connection`},
@@ -168,6 +170,7 @@ func TestEffectiveIsAFile(t *testing.T) {
 		c.Limits.MinimumFreeRepository = Size(rapid.Uint64Range(0, 1<<20).Draw(rt, "whole") << 20)
 		c.Libvirt.HoldLimit = time.Duration(rapid.Int64Range(int64(time.Second), int64(10*time.Minute)).Draw(rt, "time"))
 		c.Daemon.StateDirectory = "/" + rapid.StringMatching(`[a-zäß"\\ ]{1,10}`).Draw(rt, "path")
+		c.Jobs.Window = rapid.SampledFrom([]Spans{nil, {"Mon..Fri 22:00-06:00", "00:00-24:00"}}).Draw(rt, "window")
 		var text strings.Builder
 		for _, s := range Effective(c) {
 			text.WriteString(s.Key + " = " + s.Value + "\n")
@@ -176,7 +179,7 @@ func TestEffectiveIsAFile(t *testing.T) {
 		if err != nil {
 			rt.Fatalf("%v in\n%s", err, text.String())
 		}
-		if diff := cmp.Diff(c, again, cmpopts.IgnoreUnexported(Config{})); diff != "" {
+		if diff := cmp.Diff(c, again, cmpopts.IgnoreUnexported(Config{}), cmpopts.EquateEmpty()); diff != "" {
 			rt.Fatal(diff)
 		}
 	})

@@ -9,12 +9,14 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/window"
 )
 
 // setting ties a key to its place in a Config.
 type setting struct {
 	key     string
-	to      any // *int, *string, *Level, *Size, *time.Duration or *[]string
+	to      any // *int, *string, *Level, *Size, *time.Duration, *Spans, or *[]string of directories
 	check   func() error
 	allowed string
 	help    string
@@ -23,7 +25,7 @@ type setting struct {
 // settings lists all keys. It is the only such list: the file is read, shown
 // and documented from it.
 func (c *Config) settings() []setting {
-	d, v, l, b, r, s := &c.Daemon, &c.Libvirt, &c.Limits, &c.Backup, &c.Restore, &c.Repositories
+	d, v, l, j, b, r, s := &c.Daemon, &c.Libvirt, &c.Limits, &c.Jobs, &c.Backup, &c.Restore, &c.Repositories
 	return []setting{
 		directory("daemon.state_directory", &d.StateDirectory, "Where the catalog and the key of the manifests are. Has to be on a local disk."),
 		directory("daemon.runtime_directory", &d.RuntimeDirectory, "Where sockets and the state of running jobs are. Has to be on a tmpfs."),
@@ -33,8 +35,17 @@ func (c *Config) settings() []setting {
 		duration("libvirt.agent_timeout", &v.AgentTimeout, time.Second, 10*time.Minute, "How long a guest agent may take to answer one command."),
 		duration("libvirt.hold_limit", &v.HoldLimit, time.Second, 10*time.Minute, "How long a guest may be frozen or suspended for a backup. After this it goes on, and the backup fails or is less consistent."),
 
-		number("limits.concurrent_jobs", &l.ConcurrentJobs, 1, 1000, "How many jobs run at once."),
-		number("limits.concurrent_jobs_per_repository", &l.ConcurrentJobsPerRepository, 1, 1000, "How many of them may use the same repository."),
+		number("limits.concurrent_backups", &l.ConcurrentBackups, 1, 1000, "How many backups run at once."),
+		number("limits.concurrent_restores", &l.ConcurrentRestores, 1, 1000, "How many restores run at once."),
+		number("limits.concurrent_compressions", &l.ConcurrentCompressions, 1, 1000, "How many backups are compressed at once after they were made."),
+		number("limits.concurrent_validations", &l.ConcurrentValidations, 1, 1000, "How many backups are verified at once."),
+		number("limits.concurrent_maintenance", &l.ConcurrentMaintenance, 1, 1000, "How many jobs look after repositories at once: check them, delete, merge and prune."),
+		number("limits.concurrent_jobs_per_repository", &l.ConcurrentJobsPerRepository, 1, 1000, "How many jobs of whatever kind may use the same repository at once."),
+		timeout("limits.backup_timeout", &l.BackupTimeout, "How long a backup may take from its beginning. After this it fails."),
+		timeout("limits.restore_timeout", &l.RestoreTimeout, "The same of a restore."),
+		timeout("limits.compression_timeout", &l.CompressionTimeout, "The same of a compression."),
+		timeout("limits.validation_timeout", &l.ValidationTimeout, "The same of a verification."),
+		timeout("limits.maintenance_timeout", &l.MaintenanceTimeout, "The same of what looks after repositories."),
 		number("limits.jobs_per_user", &l.JobsPerUser, 1, 100000, "How many unfinished jobs a user may have. Root has no such limit."),
 		number("limits.queue", &l.Queue, 1, 100000, "How many jobs may wait."),
 		number("limits.cpu_weight", &l.CPUWeight, 1, 10000, "The CPUWeight= of each job's service; systemd's default for others is 100."),
@@ -46,6 +57,11 @@ func (c *Config) settings() []setting {
 		number("limits.rate_per_host", &l.RatePerHost, 0, mostRate, "The same for all backups of the host. What one of them may not use because of the other limits is for the others."),
 		size("limits.minimum_free_repository", &l.MinimumFreeRepository, 0, "A backup fails before it leaves less than this free in its repository. It is not begun if what it is expected to take, and what those being made still take, would not leave this free."),
 		size("limits.minimum_free_scratch", &l.MinimumFreeScratch, 0, "How much of the space below backup.scratch_directory is set aside for each backup of a running domain. One is not started when that, and what the others have set aside and not used yet, is not free."),
+
+		number("jobs.attempts", &j.Attempts, 1, 100, "How often a job that a schedule or the daemon itself started is tried when what it fails of may pass, as a repository that is away."),
+		duration("jobs.retry_delay", &j.RetryDelay, time.Second, time.Hour, "How long after a failure the second try begins. It doubles with each, up to an hour."),
+		duration("jobs.stall_limit", &j.StallLimit, time.Second, 24*time.Hour, "How long a job may make no progress before it is ended. After half of this it is told."),
+		{"jobs.window", &j.Window, func() error { _, err := window.ParseAll(j.Window); return err }, "a list of spans, as \"Mon..Fri 22:00-06:00\"", "When jobs may begin that a schedule or the daemon itself started; always when the list is empty. What runs when a span is over goes on."},
 
 		directory("backup.scratch_directory", &b.ScratchDirectory, "Where QEMU puts the old contents of blocks that a guest overwrites during a backup. Has to be on a local disk."),
 
@@ -88,6 +104,10 @@ func size(key string, to *Size, low Size, help string) setting {
 		return nil
 	}
 	return setting{key, to, check, fmt.Sprintf("a size of at least %q in B, KiB, MiB, GiB or TiB", low), help}
+}
+
+func timeout(key string, to *time.Duration, help string) setting {
+	return duration(key, to, time.Second, 30*24*time.Hour, help)
 }
 
 func duration(key string, to *time.Duration, low, high time.Duration, help string) setting {
@@ -140,21 +160,23 @@ func (s setting) set(v any) error {
 		}
 		*to = int(n)
 	case *[]string:
-		list, ok := v.([]any)
-		if !ok {
-			return errors.New("not a list")
+		list, err := texts(v)
+		if err != nil {
+			return err
 		}
 		*to = make([]string, 0, len(list))
-		for _, one := range list {
-			text, ok := one.(string)
-			if !ok {
-				return errors.New("not a list of strings")
-			}
+		for _, text := range list {
 			*to = append(*to, filepath.Clean(text))
-			if err := checkDirectories([]string{text}); err != nil { // before Clean takes a ".." away
-				return err
-			}
 		}
+		if err := checkDirectories(list); err != nil { // before Clean took a ".." away
+			return err
+		}
+	case *Spans:
+		list, err := texts(v)
+		if err != nil {
+			return err
+		}
+		*to = list
 	default:
 		text, ok := v.(string)
 		if !ok {
@@ -165,6 +187,22 @@ func (s setting) set(v any) error {
 		}
 	}
 	return s.check()
+}
+
+func texts(v any) ([]string, error) {
+	list, ok := v.([]any)
+	if !ok {
+		return nil, errors.New("not a list")
+	}
+	all := make([]string, 0, len(list))
+	for _, one := range list {
+		text, ok := one.(string)
+		if !ok {
+			return nil, errors.New("not a list of strings")
+		}
+		all = append(all, text)
+	}
+	return all, nil
 }
 
 func (s setting) setText(text string) (err error) {
@@ -183,17 +221,23 @@ func (s setting) setText(text string) (err error) {
 	return err
 }
 
+func quoted(list []string) string {
+	all := make([]string, len(list))
+	for i, one := range list {
+		all[i] = strconv.Quote(one)
+	}
+	return "[" + strings.Join(all, ", ") + "]"
+}
+
 // get returns the value as it would stand in the file.
 func (s setting) get() string {
 	switch from := s.to.(type) {
 	case *int:
 		return strconv.Itoa(*from)
 	case *[]string:
-		quoted := make([]string, len(*from))
-		for i, one := range *from {
-			quoted[i] = strconv.Quote(one)
-		}
-		return "[" + strings.Join(quoted, ", ") + "]"
+		return quoted(*from)
+	case *Spans:
+		return quoted(*from)
 	case *string:
 		return strconv.Quote(*from)
 	case *Level:

@@ -71,8 +71,19 @@ func (s Sender) Run(ctx context.Context, h *job.Handle, r catalog.Repository, sp
 	}
 	spec.Job = h.Job().ID
 	spec.Repository = s.Repository(r)
-	result, err := s.Supervisor.Run(ctx, spec, s.Limits(), func(st transfer.Status) {
-		h.Progress(st.Phase, st.Done, st.Total)
-	})
+	result, err := s.Supervisor.Run(ctx, spec, s.Limits(), func(st transfer.Status) { Progress(h, st) })
+	h.Waits(PhaseFinishing)
 	return result, failure.Worker(ctx, r.Name, err)
+}
+
+// PhaseFinishing is what the daemon does after the worker, with limits of its own.
+const PhaseFinishing = "finishing"
+
+// Progress tells for a job what its worker does. In some phases it waits for us.
+func Progress(h *job.Handle, st transfer.Status) {
+	if st.Phase == transfer.PhaseReady || st.Phase == transfer.PhaseConfirming {
+		h.Waits(st.Phase)
+		return
+	}
+	h.Progress(st.Phase, st.Done, st.Total)
 }

@@ -69,6 +69,21 @@ func Named(err error) error {
 	return err
 }
 
+// Passing says of a job's failure that another try may go well, although nobody
+// has done anything about it.
+func Passing(err error) bool {
+	var killed interface{ Hung() bool } // of a worker
+	if errors.As(err, &killed) {
+		return !killed.Hung()
+	}
+	for _, name := range []dbus.ErrorName{dbus.ErrBusy, dbus.ErrUnavailable, dbus.ErrRepositoryUnavailable, dbus.ErrRepositoryFull} {
+		if errors.Is(err, name) {
+			return true
+		}
+	}
+	return false
+}
+
 // Worker says for a job what its worker said, or how that died. repository is
 // its name.
 func Worker(ctx context.Context, repository string, err error) error {

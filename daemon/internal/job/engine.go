@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -29,20 +30,25 @@ type Engine struct {
 	mu          sync.Mutex
 	started     bool
 	active      map[string]*entry // unfinished jobs
-	queue       []*entry          // those that wait, in order
+	queue       []*entry          // those that wait, oldest first
+	limits      Limits
+	inhibitors  []Inhibitor
+	wake        *time.Timer // for what waits for a time; nil when nothing does
 	subscribers map[*subscriber]struct{}
 }
 
 // entry is an unfinished job. The engine's mutex guards it.
 type entry struct {
-	job    catalog.Job
-	meter  meter
-	cancel context.CancelCauseFunc // of Run; nil while it waits, and while it is undone
-	ended  chan struct{}           // closed when the end is recorded
+	job     catalog.Job
+	class   Class
+	meter   meter
+	waiting string                  // why it does not go on; "" when it does
+	cancel  context.CancelCauseFunc // of Run; nil while it waits, and while it is undone
+	ended   chan struct{}           // closed when the end is recorded
 }
 
 func (en *entry) status() Status {
-	s := Status{Job: en.job}
+	s := Status{Job: en.job, Waiting: en.waiting}
 	s.Rate, s.ETA = en.meter.rate, en.meter.eta()
 	s.Phase, s.Done, s.Total = en.meter.phase, en.meter.done, en.meter.total
 	return s
@@ -50,7 +56,7 @@ func (en *entry) status() Status {
 
 // New makes an engine with these kinds of jobs. It runs nothing before Start.
 func New(c *catalog.Catalog, kinds map[string]Kind, o Options) *Engine {
-	e := &Engine{catalog: c, kinds: kinds, options: o, active: map[string]*entry{}, subscribers: map[*subscriber]struct{}{}}
+	e := &Engine{catalog: c, kinds: kinds, options: o, limits: o.Limits, active: map[string]*entry{}, subscribers: map[*subscriber]struct{}{}}
 	e.base, e.detach = context.WithCancelCause(context.Background())
 	return e
 }
@@ -68,8 +74,7 @@ func (e *Engine) Start(ctx context.Context) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for _, j := range jobs {
-		en := &entry{job: j, ended: make(chan struct{})}
-		e.active[j.ID] = en
+		en := e.newEntry(j)
 		switch {
 		case j.State == catalog.JobQueued:
 			e.queue = append(e.queue, en)
@@ -89,6 +94,7 @@ func (e *Engine) Start(ctx context.Context) error {
 func (e *Engine) Stop() {
 	e.mu.Lock()
 	e.started = false
+	e.wakeAt(time.Time{})
 	e.mu.Unlock()
 	e.detach(ErrDetach)
 	e.tasks.Wait()
@@ -122,12 +128,18 @@ func (e *Engine) Submit(ctx context.Context, r Request) (Status, error) {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	en := &entry{job: j, ended: make(chan struct{})}
-	e.active[j.ID] = en
+	en := e.newEntry(j)
 	e.queue = append(e.queue, en)
 	e.publish(en)
 	e.dispatch()
 	return en.status(), nil
+}
+
+// newEntry makes an entry of an unfinished job. The engine's mutex is held.
+func (e *Engine) newEntry(j catalog.Job) *entry {
+	en := &entry{job: j, class: e.options.Classes[j.Kind], ended: make(chan struct{})}
+	e.active[j.ID] = en
+	return en
 }
 
 // admit refuses a request beyond the bounds.
@@ -137,61 +149,112 @@ func (e *Engine) admit(r Request) error {
 	if !e.started {
 		return ErrDetach
 	}
-	limits := e.options.Limits
-	if limits.Queue > 0 && len(e.queue) >= limits.Queue {
+	class := e.options.Classes[r.Kind]
+	if class != ClassGroup && e.limits.Queue > 0 && len(e.queue) >= e.limits.Queue {
 		return fmt.Errorf("%w: %d are waiting", ErrTooMany, len(e.queue))
 	}
-	if limits.PerUser == 0 || r.UID == 0 {
+	if e.limits.PerUser == 0 || r.UID == 0 {
 		return nil
 	}
 	own := 0
 	for _, en := range e.active {
-		if en.job.UID == r.UID {
+		// A group must not keep its own jobs out.
+		if en.job.UID == r.UID && (r.Parent == "" || en.class != ClassGroup) {
 			own++
 		}
 	}
-	if own >= limits.PerUser {
+	if own >= e.limits.PerUser {
 		return fmt.Errorf("%w: %d are yours", ErrTooMany, own)
 	}
 	return nil
 }
 
-// dispatch starts the waiting jobs that may run now, oldest first. One that has
-// to wait for its domain or repository does not hold back the others, but no
-// job of a domain overtakes another.
+// dispatch starts the waiting jobs that may run now, and tells why others wait.
+// The engine's mutex is held.
 func (e *Engine) dispatch() {
 	if !e.started {
 		return
 	}
-	running, perRepository, busy := 0, map[string]int{}, map[string]bool{}
+	s := situation{now: time.Now(), limits: e.limits, inhibitors: e.inhibitors}
 	waiting := map[*entry]bool{}
 	for _, en := range e.queue {
 		waiting[en] = true
+		s.queue = append(s.queue, place{&en.job, en.class})
 	}
 	for _, en := range e.active {
 		if !waiting[en] {
-			running++
-			perRepository[en.job.Repository]++
-			busy[en.job.Domain] = true
+			s.running = append(s.running, place{&en.job, en.class})
 		}
 	}
-	limits := e.options.Limits
+	v := s.admit()
 	var rest []*entry
-	for _, en := range e.queue {
-		domain, repository := en.job.Domain, en.job.Repository
-		blocked := limits.Concurrent > 0 && running >= limits.Concurrent ||
-			domain != "" && busy[domain] ||
-			repository != "" && limits.ConcurrentPerRepository > 0 && perRepository[repository] >= limits.ConcurrentPerRepository
-		busy[domain] = true
-		if blocked {
-			rest = append(rest, en)
+	for i, en := range e.queue {
+		if v.waiting[i] == "" {
 			continue
 		}
-		running++
-		perRepository[repository]++
+		rest = append(rest, en)
+		if en.waiting != v.waiting[i] {
+			en.waiting = v.waiting[i]
+			e.publish(en)
+		}
+	}
+	for _, i := range v.start {
+		en := e.queue[i]
+		en.waiting = ""
 		e.run(en)
 	}
 	e.queue = rest
+	e.wakeAt(v.wake)
+}
+
+// wakeAgain bounds for how long a time is believed to be as far away as the clock says.
+const wakeAgain = time.Minute
+
+// wakeAt has the queue looked at again at a time; zero for not at all. The
+// engine's mutex is held.
+func (e *Engine) wakeAt(t time.Time) {
+	if e.wake != nil {
+		e.wake.Stop()
+		e.wake = nil
+	}
+	if t.IsZero() {
+		return
+	}
+	e.wake = time.AfterFunc(min(time.Until(t), wakeAgain), func() {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.dispatch()
+	})
+}
+
+// SetLimits puts other limits in force, also for the jobs that run.
+func (e *Engine) SetLimits(l Limits) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.limits = l
+	e.dispatch()
+}
+
+// Inhibit holds jobs back until release is called. Those that run go on.
+func (e *Engine) Inhibit(i Inhibitor) (release func()) {
+	i.ID, i.Since = ulid.Make().String(), time.Now()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.inhibitors = append(e.inhibitors, i)
+	e.dispatch()
+	return func() {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.inhibitors = slices.DeleteFunc(e.inhibitors, func(other Inhibitor) bool { return other.ID == i.ID })
+		e.dispatch()
+	}
+}
+
+// Inhibitors returns what holds jobs back, oldest first.
+func (e *Engine) Inhibitors() []Inhibitor {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.Clone(e.inhibitors)
 }
 
 // Cancel asks a job to end. The request is on disk when it returns; the job
@@ -207,7 +270,7 @@ func (e *Engine) Cancel(ctx context.Context, id string) error {
 	if !ok || !e.started {
 		return nil // ended meanwhile, or seen by the next Start
 	}
-	en.job.State = catalog.JobCancelling
+	en.job.State, en.waiting = catalog.JobCancelling, ""
 	e.publish(en)
 	for i, waiting := range e.queue {
 		if waiting == en {
@@ -263,10 +326,10 @@ func (e *Engine) Active() []Status {
 	return all
 }
 
-func (e *Engine) progress(en *entry, phase string, done, total uint64) {
+func (e *Engine) progress(en *entry, change func(*meter, time.Time)) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	en.meter.update(time.Now(), phase, done, total)
+	change(&en.meter, time.Now())
 	e.publish(en)
 }
 

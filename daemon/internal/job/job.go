@@ -38,6 +38,13 @@ type Kind interface {
 	Undo(ctx context.Context, h *Handle) error
 }
 
+// Retrier is a Kind whose jobs can be tried again after they failed and were
+// undone. Others are tried once.
+type Retrier interface {
+	// Again returns which backup the job is about in its next try.
+	Again(j catalog.Job) (backup string)
+}
+
 // NamedError is an error with a name for the bus, which is the job's error name then.
 type NamedError interface {
 	error
@@ -69,18 +76,15 @@ type Request struct {
 // NormalPriority is that of a job that is neither urgent nor can wait.
 const NormalPriority = 50
 
-// Limits bound how many jobs there are. 0 is no bound.
-type Limits struct {
-	Concurrent              int // running at once
-	ConcurrentPerRepository int
-	PerUser                 int // unfinished jobs of one user; root has no bound
-	Queue                   int // waiting jobs
-}
-
 // Options are what an Engine is made with.
 type Options struct {
+	// Limits are those at the start, see Engine.SetLimits.
 	Limits Limits
-	Logger *slog.Logger
+	// Classes says the class of each kind.
+	Classes map[string]Class
+	// Passing says of a failure that it may not come again. nil: of none.
+	Passing func(error) bool
+	Logger  *slog.Logger
 	// Ended jobs are forgotten when they are older, or more.
 	KeepFor  time.Duration
 	KeepMost int
@@ -133,10 +137,31 @@ func (h *Handle) NewStep(name string, data any) (catalog.Step, error) {
 	return catalog.Step{Job: h.job.ID, Name: name, Data: raw}, nil
 }
 
-// Progress says how far the phase is, in bytes. It is kept in memory only.
+// Progress says how far the phase is, in bytes. It is kept in memory only. From
+// then on the job is to make progress, until it is in a phase where it waits.
 func (h *Handle) Progress(phase string, done, total uint64) {
-	h.engine.progress(h.entry, phase, done, total)
+	h.engine.progress(h.entry, func(m *meter, now time.Time) { m.update(now, phase, done, total) })
 }
+
+// Waits says that the job is in a phase in which it makes no progress of its
+// own, and which is bounded otherwise, as by the limits of what it waits for.
+func (h *Handle) Waits(phase string) {
+	h.engine.progress(h.entry, func(m *meter, _ time.Time) { m.wait(phase) })
+}
+
+// Submit submits a job for a group, which this one is, with the group's user,
+// priority and origin.
+func (h *Handle) Submit(ctx context.Context, r Request) (Status, error) {
+	j := h.job
+	r.UID, r.Priority, r.Origin, r.Schedule, r.Parent = j.UID, &j.Priority, j.Origin, j.Schedule, j.ID
+	return h.engine.Submit(ctx, r)
+}
+
+// Cancel is Engine.Cancel, and Wait Engine.Wait.
+func (h *Handle) Cancel(ctx context.Context, id string) error { return h.engine.Cancel(ctx, id) }
+
+// Wait returns a job once it has ended.
+func (h *Handle) Wait(ctx context.Context, id string) (Status, error) { return h.engine.Wait(ctx, id) }
 
 // SetResult sets what the job has to tell at its end; it must marshal to JSON.
 func (h *Handle) SetResult(v any) error {

@@ -171,7 +171,7 @@ func TestCancel(t *testing.T) {
 		<-ctx.Done()
 		return h.Step(ctx, "committed", nil) // also with its context cancelled
 	}}
-	e := start(t, Limits{Concurrent: 1}, map[string]Kind{"waits": waits(running), "late": late})
+	e := start(t, Limits{Concurrent: map[Class]int{"": 1}}, map[string]Kind{"waits": waits(running), "late": late})
 	first := submit(t, e, Request{Kind: "waits"})
 	queued := submit(t, e, Request{Kind: "waits"})
 	third := submit(t, e, Request{Kind: "late"})
@@ -217,7 +217,7 @@ func TestRestart(t *testing.T) {
 				return context.Cause(ctx)
 			}},
 		"gone": waits(running),
-	}, options(Limits{Concurrent: 4}))
+	}, options(Limits{Concurrent: map[Class]int{"": 4}}))
 	must(t, old.Start(t.Context()))
 	resumed, undone := submit(t, old, Request{Kind: "step"}), submit(t, old, Request{Kind: "undo"})
 	cancelled, gone := submit(t, old, Request{Kind: "step"}), submit(t, old, Request{Kind: "gone"})
@@ -269,7 +269,7 @@ func TestRestart(t *testing.T) {
 
 func TestOrder(t *testing.T) {
 	running := make(chan string, 10)
-	e := start(t, Limits{Concurrent: 3, ConcurrentPerRepository: 2}, map[string]Kind{"k": waits(running)})
+	e := start(t, Limits{Concurrent: map[Class]int{"": 3}, ConcurrentPerRepository: 2}, map[string]Kind{"k": waits(running)})
 	request := func(domain, repository string) string {
 		return submit(t, e, Request{Kind: "k", Domain: domain, Repository: repository})
 	}
@@ -304,7 +304,7 @@ func TestOrder(t *testing.T) {
 
 func TestTooMany(t *testing.T) {
 	running := make(chan string, 10)
-	e := start(t, Limits{Concurrent: 1, PerUser: 2, Queue: 3}, map[string]Kind{"k": waits(running)})
+	e := start(t, Limits{Concurrent: map[Class]int{"": 1}, PerUser: 2, Queue: 3}, map[string]Kind{"k": waits(running)})
 	refused := func(uid uint32) {
 		t.Helper()
 		if _, err := e.Submit(t.Context(), Request{Kind: "k", UID: uid}); !errors.Is(err, ErrTooMany) {

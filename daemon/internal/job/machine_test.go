@@ -9,6 +9,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"pgregory.net/rapid"
 
@@ -16,9 +17,10 @@ import (
 )
 
 // TestRestartsAtAnyPoint does at random what callers and the host do to the
-// engine: jobs are submitted, go on by a step, fail, are cancelled; the daemon
-// is stopped, or killed, and started again. In the end each job that was
-// accepted has exactly one end, which fits what was done for it.
+// engine: jobs are submitted, go on by a step, fail, for good or so that they are
+// tried again, are held back, are cancelled; limits change; the daemon is
+// stopped, or killed, and started again. In the end each job that was accepted
+// has exactly one end, which fits what was done for it.
 func TestRestartsAtAnyPoint(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		directory, err := os.MkdirTemp("/dev/shm", "virtbackup-jobs") // no kill of the host here, so no disk is needed
@@ -30,7 +32,10 @@ func TestRestartsAtAnyPoint(t *testing.T) {
 			"submit":  m.submit,
 			"proceed": m.proceed,
 			"fail":    m.fail,
+			"falter":  m.falter,
 			"cancel":  m.cancel,
+			"inhibit": m.inhibit,
+			"limit":   m.limit,
 			"restart": func(*rapid.T) { m.stop(false); m.start() },
 			"kill":    func(*rapid.T) { m.stop(true); m.start() },
 		})
@@ -49,8 +54,10 @@ type world struct {
 }
 
 type effects struct {
-	tokens    chan bool // lets it go on by a step: well, or by failing
-	done      int       // steps
+	tokens    chan error // lets it go on by a step: well, or by failing
+	attempt   int        // that is being made, or was made last
+	passing   bool       // it failed so that it is to be tried again
+	done      int        // steps
 	undoing   bool
 	undone    bool
 	cancelled bool // Cancel returned
@@ -60,7 +67,7 @@ func (w *world) of(id string) *effects {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.jobs[id] == nil {
-		w.jobs[id] = &effects{tokens: make(chan bool, 1000)}
+		w.jobs[id] = &effects{tokens: make(chan error, 1000)}
 	}
 	return w.jobs[id]
 }
@@ -81,13 +88,17 @@ func (w *world) leave(domain string) {
 	w.domains[domain] = ""
 }
 
-var errStep = errors.New("the step failed")
+var (
+	errStep    = errors.New("the step failed")
+	errPassing = errors.New("the step failed, and may not fail again")
+)
 
 // Run does the steps that are left, one for each token.
 func (w *world) Run(ctx context.Context, h *Handle) error {
 	id, ef := h.Job().ID, w.of(h.Job().ID)
 	w.enter(h.Job().Domain, id)
 	defer w.leave(h.Job().Domain)
+	w.begin(h.Job(), ef)
 	for {
 		w.mu.Lock()
 		if ef.undoing {
@@ -104,9 +115,12 @@ func (w *world) Run(ctx context.Context, h *Handle) error {
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
-		case well := <-ef.tokens:
-			if !well {
-				return errStep
+		case err := <-ef.tokens:
+			if err != nil {
+				w.mu.Lock()
+				ef.passing = errors.Is(err, errPassing)
+				w.mu.Unlock()
+				return err
 			}
 		}
 		w.mu.Lock()
@@ -114,6 +128,21 @@ func (w *world) Run(ctx context.Context, h *Handle) error {
 		w.mu.Unlock()
 	}
 }
+
+// begin takes note of another try, which begins with nothing.
+func (w *world) begin(j catalog.Job, ef *effects) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if j.Attempt == ef.attempt {
+		return // it goes on
+	}
+	if j.Attempt != ef.attempt+1 || j.Attempt > j.Attempts || ef.attempt > 0 && !ef.undone || j.Step != "" || j.Backup != fmt.Sprint("b", ef.attempt) {
+		w.wrong = append(w.wrong, fmt.Sprintf("try %+v begins after %+v", j, ef))
+	}
+	ef.attempt, ef.done, ef.undoing, ef.undone, ef.passing = j.Attempt, 0, false, false, false
+}
+
+func (w *world) Again(j catalog.Job) string { return fmt.Sprint("b", j.Attempt) }
 
 func (w *world) Undo(ctx context.Context, h *Handle) error {
 	id, ef := h.Job().ID, w.of(h.Job().ID)
@@ -140,11 +169,14 @@ type machine struct {
 	engine  *Engine
 	world   *world
 	ids     []string
+	release func() // of the inhibitor, if there is one
 }
 
 func (m *machine) start() {
 	m.catalog = openCatalog(m.t, m.path)
-	m.engine = New(m.catalog, map[string]Kind{"work": m.world}, options(Limits{Concurrent: 3, ConcurrentPerRepository: 2}))
+	o := options(Limits{Concurrent: map[Class]int{"": 3}, ConcurrentPerRepository: 2, RetryDelay: time.Millisecond})
+	o.Passing = func(err error) bool { return errors.Is(err, errPassing) }
+	m.engine, m.release = New(m.catalog, map[string]Kind{"work": m.world}, o), nil
 	must(m.t, m.engine.Start(m.t.Context()))
 }
 
@@ -161,7 +193,8 @@ func (m *machine) stop(killed bool) {
 
 func (m *machine) submit(t *rapid.T) {
 	r := Request{Kind: "work", Domain: rapid.SampledFrom([]string{"", "d1", "d2"}).Draw(t, "domain"),
-		Repository: rapid.SampledFrom([]string{"", "r1"}).Draw(t, "repository")}
+		Repository: rapid.SampledFrom([]string{"", "r1"}).Draw(t, "repository"), Backup: "b0",
+		Priority: new(rapid.IntRange(0, 99).Draw(t, "priority")), Attempts: rapid.IntRange(1, 3).Draw(t, "attempts")}
 	s, err := m.engine.Submit(m.t.Context(), r)
 	if err != nil {
 		t.Fatal(err)
@@ -178,14 +211,33 @@ func (m *machine) any(t *rapid.T) (string, bool) {
 
 func (m *machine) proceed(t *rapid.T) {
 	if id, ok := m.any(t); ok {
-		m.world.of(id).tokens <- true
+		m.world.of(id).tokens <- nil
 	}
 }
 
 func (m *machine) fail(t *rapid.T) {
 	if id, ok := m.any(t); ok {
-		m.world.of(id).tokens <- false
+		m.world.of(id).tokens <- errStep
 	}
+}
+
+func (m *machine) falter(t *rapid.T) {
+	if id, ok := m.any(t); ok {
+		m.world.of(id).tokens <- errPassing
+	}
+}
+
+func (m *machine) inhibit(*rapid.T) {
+	if m.release == nil {
+		m.release = m.engine.Inhibit(Inhibitor{Who: "a test", Why: "to see"})
+		return
+	}
+	m.release()
+	m.release = nil
+}
+
+func (m *machine) limit(t *rapid.T) {
+	m.engine.SetLimits(Limits{Concurrent: map[Class]int{"": rapid.IntRange(1, 4).Draw(t, "at once")}, RetryDelay: time.Millisecond})
 }
 
 func (m *machine) cancel(t *rapid.T) {
@@ -208,9 +260,12 @@ func (m *machine) cancel(t *rapid.T) {
 // finish lets all jobs go on to their end, and looks at it.
 func (m *machine) finish(t *rapid.T) {
 	defer m.stop(false)
+	if m.release != nil {
+		m.release()
+	}
 	for _, id := range m.ids {
-		for range steps + 1 {
-			m.world.of(id).tokens <- true
+		for range 4 * (steps + 1) {
+			m.world.of(id).tokens <- nil
 		}
 	}
 	for _, id := range m.ids {
@@ -219,7 +274,7 @@ func (m *machine) finish(t *rapid.T) {
 		m.world.mu.Lock()
 		fits := map[catalog.JobState]bool{
 			catalog.JobSucceeded: ef.done == steps && !ef.undoing,
-			catalog.JobFailed:    ef.undone && ef.done < steps,
+			catalog.JobFailed:    ef.undone && ef.done < steps && (!ef.passing || ef.attempt == s.Attempts || ef.cancelled),
 			catalog.JobCancelled: ef.cancelled && (ef.undone || s.Started.IsZero() && !ef.undoing),
 		}
 		if !fits[s.State] {

@@ -21,12 +21,17 @@ type meter struct {
 
 	since     time.Time // of the last measurement
 	sinceDone uint64
+
+	moved time.Time // when progress was made last; zero while none is to be made
 }
 
 func (m *meter) update(now time.Time, phase string, done, total uint64) {
 	if phase != m.phase || done < m.done || m.since.IsZero() {
-		*m = meter{phase: phase, done: done, total: total, since: now, sinceDone: done}
+		*m = meter{phase: phase, done: done, total: total, since: now, sinceDone: done, moved: now}
 		return
+	}
+	if done > m.done {
+		m.moved = now
 	}
 	m.done, m.total = done, total
 	elapsed := now.Sub(m.since)
@@ -41,6 +46,11 @@ func (m *meter) update(now time.Time, phase string, done, total uint64) {
 		m.rate += weight * (measured - m.rate)
 	}
 	m.since, m.sinceDone = now, done
+}
+
+// wait takes the job into a phase in which no progress is made.
+func (m *meter) wait(phase string) {
+	*m = meter{phase: phase, done: m.done, total: m.total}
 }
 
 func (m *meter) eta() time.Duration {

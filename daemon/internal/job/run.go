@@ -16,8 +16,9 @@ const retryInterval = 2 * time.Second
 
 // failure is why a job does not succeed.
 type failure struct {
-	name string
-	err  error
+	name  string
+	err   error
+	again bool // it is to be tried again
 }
 
 // run starts a job's goroutine. The engine's mutex is held.
@@ -29,12 +30,12 @@ func (e *Engine) run(en *entry) {
 	en.cancel = cancel
 	e.tasks.Go(func() {
 		defer cancel(nil)
-		e.execute(ctx, en)
+		e.execute(ctx, cancel, en)
 	})
 }
 
 // execute takes a job from where it is to its end, or until the daemon goes down.
-func (e *Engine) execute(ctx context.Context, en *entry) {
+func (e *Engine) execute(ctx context.Context, cancel context.CancelCauseFunc, en *entry) {
 	h, err := e.begin(en)
 	if errors.Is(err, ErrCancelled) {
 		e.endCancelled(en)
@@ -47,19 +48,19 @@ func (e *Engine) execute(ctx context.Context, en *entry) {
 	if !known { // another version's
 		kind = unknownKind{}
 	}
-	why := failure{h.job.ErrorName, errors.New(h.job.ErrorMessage)}
+	why := failure{h.job.ErrorName, errors.New(h.job.ErrorMessage), h.job.Again}
 	if !h.job.Undoing {
-		if why.err = guard(h, func() error { return kind.Run(ctx, h) }); why.err == nil {
+		if why.err = e.attempt(ctx, cancel, h, kind); why.err == nil {
 			e.end(en, catalog.JobSucceeded, failure{})
 			return
 		}
 		if e.base.Err() != nil {
 			return // it carries on after the restart
 		}
-		why = reason(ctx, h, why.err)
+		why = e.reason(ctx, h, kind, why.err)
 		// On disk before anything is undone: Run must not meet what Undo has begun to remove.
 		if e.insist(func(ctx context.Context) error {
-			return e.catalog.FailingJob(ctx, h.job.ID, why.name, why.err.Error(), false)
+			return e.catalog.FailingJob(ctx, h.job.ID, why.name, why.err.Error(), why.again)
 		}) != nil {
 			return
 		}
@@ -67,13 +68,25 @@ func (e *Engine) execute(ctx context.Context, en *entry) {
 	e.undo(en, kind, why)
 }
 
-// undo clears up after a job that failed or was cancelled, and ends it.
+// attempt runs a job, and looks that it does not take too long.
+func (e *Engine) attempt(ctx context.Context, cancel context.CancelCauseFunc, h *Handle, kind Kind) error {
+	over := make(chan struct{})
+	defer close(over)
+	e.tasks.Go(func() { e.oversee(ctx, cancel, h.entry, over) })
+	return guard(h, func() error { return kind.Run(ctx, h) })
+}
+
+// undo clears up after a job that failed or was cancelled, and ends it, or has
+// it tried again.
 func (e *Engine) undo(en *entry, kind Kind, why failure) {
 	h, err := e.reload(en)
 	if err != nil {
 		return
 	}
 	h.failure = why.err
+	e.mu.Lock()
+	en.waiting, en.meter.moved = "", time.Time{}
+	e.mu.Unlock()
 	err = guard(h, func() error { return kind.Undo(e.base, h) })
 	if err != nil && e.base.Err() != nil {
 		return
@@ -81,6 +94,9 @@ func (e *Engine) undo(en *entry, kind Kind, why failure) {
 	if err != nil {
 		h.logger.Error("cannot clear up after the job", "error", err)
 		why.err = fmt.Errorf("%w; cannot clear up: %w", why.err, err)
+	}
+	if err == nil && why.again && e.tryAgain(en, kind, h, why) {
+		return
 	}
 	state := catalog.JobFailed
 	if why.name == nameCancelled {
@@ -105,10 +121,11 @@ func (e *Engine) begin(en *entry) (*Handle, error) {
 			return nil, err
 		}
 		h.job.State = catalog.JobRunning
+		h.job.Attempt++
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	en.job.Started = h.job.Started
+	en.job.Started, en.job.Attempt, en.job.NextTry = h.job.Started, h.job.Attempt, time.Time{}
 	if en.job.State != catalog.JobCancelling { // Cancel may have been faster
 		en.job.State = h.job.State
 	}
@@ -137,7 +154,7 @@ func (e *Engine) reload(en *entry) (*Handle, error) {
 }
 
 func (e *Engine) endCancelled(en *entry) {
-	e.end(en, catalog.JobCancelled, failure{nameCancelled, ErrCancelled})
+	e.end(en, catalog.JobCancelled, failure{name: nameCancelled, err: ErrCancelled})
 }
 
 // end records a job's end, and lets others run.
@@ -154,7 +171,7 @@ func (e *Engine) end(en *entry, state catalog.JobState, why failure) {
 		return
 	}
 	e.mu.Lock()
-	en.job.State, en.job.Finished = end.State, end.Finished
+	en.job.State, en.job.Finished, en.waiting = end.State, end.Finished, ""
 	en.job.ErrorName, en.job.ErrorMessage = end.ErrorName, end.ErrorMessage
 	delete(e.active, en.job.ID)
 	e.publish(en)
@@ -184,17 +201,24 @@ func (e *Engine) insist(fn func(context.Context) error) error {
 }
 
 // reason is why a job does not succeed: because of its error, or, once it was
-// cancelled, because of that, whatever came up then.
-func reason(ctx context.Context, h *Handle, err error) failure {
-	if errors.Is(context.Cause(ctx), ErrCancelled) {
+// cancelled or took too long, because of that, whatever came up then.
+func (e *Engine) reason(ctx context.Context, h *Handle, kind Kind, err error) failure {
+	cause := context.Cause(ctx)
+	if errors.Is(cause, ErrCancelled) {
 		h.logger.Debug("the job was interrupted", "error", err)
-		return failure{nameCancelled, ErrCancelled}
+		return failure{name: nameCancelled, err: ErrCancelled}
+	}
+	why := failure{name: nameFailed, err: err}
+	if over := new(overdueError); errors.As(cause, &over) {
+		h.logger.Debug("the job was interrupted", "error", err)
+		why.err = over
 	}
 	var n NamedError
-	if errors.As(err, &n) {
-		return failure{n.ErrorName(), err}
+	if errors.As(why.err, &n) {
+		why.name = n.ErrorName()
 	}
-	return failure{nameFailed, err}
+	why.again = e.mayTryAgain(kind, h.job, why.err)
+	return why
 }
 
 // panicError is a panic of a kind: a mistake of ours, which must not take the other jobs down.

@@ -29,6 +29,9 @@ type Delete struct {
 
 const stepDeleting = "deleting"
 
+// Again makes it a job.Retrier: another try is about the same.
+func (Delete) Again(j catalog.Job) string { return j.Backup }
+
 // Run records the intent, has a worker delete, and forgets what is gone.
 func (k Delete) Run(ctx context.Context, h *job.Handle) error {
 	var r Request

@@ -31,6 +31,9 @@ type Verify struct {
 	Errand  errand.Sender
 }
 
+// Again makes it a job.Retrier: another try is about the same.
+func (Verify) Again(j catalog.Job) string { return j.Backup }
+
 // Run has a worker compare every block with its digest. What it finds damaged
 // is recorded, with all that builds on it.
 func (k Verify) Run(ctx context.Context, h *job.Handle) error {

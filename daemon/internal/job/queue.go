@@ -1,0 +1,207 @@
+package job
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+)
+
+// Class is what kinds of jobs have in common, and a bound of their own for.
+type Class string
+
+// The classes.
+const (
+	ClassBackup      Class = "backup"
+	ClassRestore     Class = "restore"
+	ClassCompression Class = "compression"
+	ClassValidation  Class = "validation"
+	ClassMaintenance Class = "maintenance"
+	// ClassGroup waits for other jobs and works nothing itself: it has no bound,
+	// or it would take the place of those that it waits for.
+	ClassGroup Class = "group"
+)
+
+// Classes are those that jobs can be held back of.
+func Classes() []Class {
+	return []Class{ClassBackup, ClassRestore, ClassCompression, ClassValidation, ClassMaintenance}
+}
+
+// Window says when work may begin that nobody waits for.
+type Window interface {
+	// Next returns when it opens next; t itself when it is open.
+	Next(t time.Time) time.Time
+}
+
+// Limits bound how many jobs there are, and how long one takes. 0 is no bound.
+type Limits struct {
+	Concurrent              map[Class]int // running at once
+	ConcurrentPerRepository int
+	PerUser                 int // unfinished jobs of one user; root has no bound
+	Queue                   int // waiting jobs
+
+	Timeout map[Class]time.Duration // of one try
+	// Stall ends a job that makes no progress for so long.
+	Stall time.Duration
+	// RetryDelay is before the second try of a job; it doubles with each.
+	RetryDelay time.Duration
+	// Window holds back jobs that no user has started; nil is always open.
+	Window Window
+}
+
+// Inhibitor holds jobs back.
+type Inhibitor struct {
+	ID    string
+	What  []Class // none: all
+	Who   string
+	Why   string
+	UID   uint32
+	Since time.Time
+}
+
+func (i Inhibitor) holds(c Class) bool { return len(i.What) == 0 || slices.Contains(i.What, c) }
+
+// longestDelay is between two tries at most: a clock that is set back does not
+// make a job wait for longer.
+const longestDelay = time.Hour
+
+// delay is before the next try of a job that was begun attempt times.
+func (l Limits) delay(attempt int) time.Duration {
+	d := l.RetryDelay
+	for ; attempt > 1 && d < longestDelay; attempt-- {
+		d *= 2
+	}
+	return min(d, longestDelay)
+}
+
+// place is a job in the queue, or at work.
+type place struct {
+	*catalog.Job
+	class Class
+}
+
+// situation is all that decides which jobs start.
+type situation struct {
+	now        time.Time
+	queue      []place // oldest first
+	running    []place
+	limits     Limits
+	inhibitors []Inhibitor
+}
+
+// verdict is which jobs start, and why others do not.
+type verdict struct {
+	start   []int     // of the queue, in this order
+	waiting []string  // of each of the queue; "" for those that start
+	wake    time.Time // when it may be another without anything else happening; zero for never
+}
+
+// admit decides which jobs start. The higher priority goes first, then the older
+// job. One that cannot start holds back nobody but later jobs of its domain; and
+// one that is put off, to its next try, by an inhibitor or to the window, not
+// even those.
+func (s situation) admit() verdict {
+	v := verdict{waiting: make([]string, len(s.queue))}
+	work := s.newWork()
+	first := map[string]int{} // of each domain, the job whose turn it is
+	urgency := make([]int, len(s.queue))
+	urgent := map[string]int{}
+	var order []int
+	for i, p := range slices.Backward(s.queue) {
+		reason, until := s.putOff(p)
+		if reason != "" {
+			v.waiting[i] = reason
+			if !until.IsZero() && (v.wake.IsZero() || until.Before(v.wake)) {
+				v.wake = until
+			}
+			continue
+		}
+		order = append(order, i)
+		urgency[i] = p.Priority
+		if p.Domain != "" {
+			// It is as urgent as what has to wait for it.
+			urgency[i] = max(p.Priority, urgent[p.Domain])
+			urgent[p.Domain], first[p.Domain] = urgency[i], i
+		}
+	}
+	slices.SortFunc(order, func(a, b int) int { return cmp.Or(cmp.Compare(urgency[b], urgency[a]), cmp.Compare(a, b)) })
+	for _, i := range order {
+		p := s.queue[i]
+		reason := work.obstacle(p)
+		if turn, any := first[p.Domain]; reason == "" && any && turn != i {
+			reason = waitsFor(s.queue[turn])
+		}
+		if v.waiting[i] = reason; reason == "" {
+			v.start = append(v.start, i)
+			work.add(p)
+		}
+	}
+	return v
+}
+
+// putOff says why a job is not to start now, whatever else runs, and until when
+// that is known to be so.
+func (s situation) putOff(p place) (reason string, until time.Time) {
+	if wait := p.NextTry.Sub(s.now); wait > 0 && wait <= longestDelay {
+		return fmt.Sprintf("try %d of %d is at %s, after: %s", p.Attempt+1, p.Attempts, moment(p.NextTry), p.ErrorMessage), p.NextTry
+	}
+	if p.class == ClassGroup {
+		return "", time.Time{} // its jobs are put off
+	}
+	for _, i := range s.inhibitors {
+		if i.holds(p.class) {
+			return fmt.Sprintf("held back by %s: %s", i.Who, i.Why), time.Time{}
+		}
+	}
+	if s.limits.Window == nil || p.Origin == catalog.OriginUser {
+		return "", time.Time{}
+	}
+	if opens := s.limits.Window.Next(s.now); opens.After(s.now) {
+		return "waits for the maintenance window, which opens " + opens.Local().Format("Mon 2006-01-02 15:04"), opens
+	}
+	return "", time.Time{}
+}
+
+func moment(t time.Time) string { return t.Local().Format(time.DateTime) }
+
+// work is what runs.
+type work struct {
+	limits       Limits
+	ofClass      map[Class]int
+	ofRepository map[string]int
+	ofDomain     map[string]place
+}
+
+func (s situation) newWork() *work {
+	w := &work{limits: s.limits, ofClass: map[Class]int{}, ofRepository: map[string]int{}, ofDomain: map[string]place{}}
+	for _, p := range s.running {
+		w.add(p)
+	}
+	return w
+}
+
+func (w *work) add(p place) {
+	w.ofClass[p.class]++
+	w.ofRepository[p.Repository]++
+	w.ofDomain[p.Domain] = p
+}
+
+// obstacle says what keeps a job from starting; "" for nothing.
+func (w *work) obstacle(p place) string {
+	if other, busy := w.ofDomain[p.Domain]; p.Domain != "" && busy {
+		return waitsFor(other)
+	}
+	if most, taken := w.limits.Concurrent[p.class], w.ofClass[p.class]; most > 0 && taken >= most {
+		return fmt.Sprintf("waits for a free %s slot: %d of %d are taken", p.class, taken, most)
+	}
+	if most, taken := w.limits.ConcurrentPerRepository, w.ofRepository[p.Repository]; p.Repository != "" && most > 0 && taken >= most {
+		return fmt.Sprintf("waits for its repository: %d jobs of at most %d use it", taken, most)
+	}
+	return ""
+}
+
+func waitsFor(p place) string {
+	return fmt.Sprintf("waits for job %s of its domain (%s)", p.ID, p.Kind)
+}

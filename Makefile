@@ -54,7 +54,7 @@ FUZZTIME ?= 20s
 # Every shell script of the project.
 SCRIPTS = $(shell grep -rlIE --exclude-dir=.git --exclude-dir=.cache --exclude-dir=bin --exclude='*.go' --exclude='*.md' --exclude='*.txt' '^\#!/bin/(ba|busybox )?sh|^\# shellcheck shell=' .)
 
-.PHONY: help deps lint-deps build install test test-unit test-lab lint bench fuzz-short faults demo clean
+.PHONY: help deps lint-deps build install test test-unit test-lab test-hosts test-nas lint bench fuzz-short faults demo clean
 help: ## what can be made
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 16
 
@@ -98,7 +98,7 @@ ifneq ($(filter virtbackupctl,$(BUILT)),)
 	@bin/virtbackupctl completion fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/virtbackupctl.fish
 endif
 
-test: deps test-unit test-lab ## set up, and run all tests
+test: deps test-unit test-lab test-hosts ## set up, and run all tests
 
 test-unit: deps ## the tests that need no lab
 	$(GO) test -race $(TESTFLAGS) ./... </dev/null
@@ -109,6 +109,16 @@ test-lab: deps build ## the tests that run on a real host, in the lab
 	$(GO) vet -tags lab $(LAB_PACKAGES)
 	$(LAB_TEST) $(TESTFLAGS) $(LAB_LIBRARY_PACKAGES) </dev/null
 	$(LAB_TEST) $(TESTFLAGS) $(LAB_DAEMON_PACKAGES) </dev/null
+
+# They boot, reboot and end hosts themselves.
+test-hosts: deps build ## the tests that drive several hosts of the lab, or reboot one
+	testdata/guest/build </dev/null
+	LAB_NO_BUILD=1 $(GO) test -tags hosts -count=1 -p 1 -timeout 15m $(TESTFLAGS) ./daemon/hosttest </dev/null
+
+# The test program runs in a virtual machine; see testdata/nas/run.
+test-nas: deps build ## the tests with real NFS and CIFS servers and the kernel's mounts, in a virtual machine
+	testdata/guest/build </dev/null
+	LAB_NO_BUILD=1 $(GO) test -tags nas -count=1 -p 1 -timeout 15m -exec "$(CURDIR)/testdata/nas/run" $(TESTFLAGS) ./daemon/nastest </dev/null
 
 faults: deps build ## only the lab's tests that kill and break things
 	TEST_FAULTS=all TEST_ACTIONS=all $(LAB_TEST) -run 'Fault|Kill|Crash|Interrupted|Full|Fails|Actions' $(TESTFLAGS) $(LAB_DAEMON_PACKAGES) </dev/null
@@ -126,7 +136,7 @@ demo: deps build ## the main job on a host with a guest, as a person would run i
 	LAB_NO_BUILD=1 testdata/lab/run -- testdata/demo/run </dev/null
 
 lint: lint-deps ## golangci-lint (with the layering rules of .golangci.yml) and shellcheck
-	GOMEMLIMIT=2GiB GOGC=50 $(GOLANGCI_LINT) run --build-tags lab --concurrency 2 --timeout 15m ./... </dev/null
+	GOMEMLIMIT=2GiB GOGC=50 $(GOLANGCI_LINT) run --build-tags lab,hosts,nas --concurrency 2 --timeout 15m ./... </dev/null
 	shellcheck -x -P SCRIPTDIR $(SCRIPTS) </dev/null
 
 clean: ## remove what was built, and what killed lab hosts left

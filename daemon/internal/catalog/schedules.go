@@ -210,6 +210,18 @@ func (c *Catalog) Runs(ctx context.Context, schedule string, limit int) (all []S
 	return all, err
 }
 
+// LastRuns returns of each schedule, or of one, the newest run, the newest that
+// succeeded, and the one that goes on, newest first.
+func (c *Catalog) LastRuns(ctx context.Context, schedule string) (all []ScheduleRun, err error) {
+	const of = "FROM schedule_runs WHERE (?1 = '' OR schedule = ?1) "
+	err = c.read(ctx, "list the last runs of schedules", func(tx *sql.Tx) (err error) {
+		all, err = collect(ctx, tx, scanRun, "SELECT "+runColumns+" FROM schedule_runs WHERE id IN (SELECT max(id) "+of+"GROUP BY schedule"+
+			" UNION SELECT max(id) "+of+"AND state = 'succeeded' GROUP BY schedule UNION SELECT id "+of+"AND state = 'running') ORDER BY id DESC", schedule)
+		return err
+	})
+	return all, err
+}
+
 // UnfinishedRuns returns the runs that wait or go on, oldest first; with a schedule, only its.
 func (c *Catalog) UnfinishedRuns(ctx context.Context, schedule string) (all []ScheduleRun, err error) {
 	err = c.read(ctx, "list the runs that go on", func(tx *sql.Tx) (err error) {

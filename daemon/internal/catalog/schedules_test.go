@@ -80,6 +80,22 @@ func TestRuns(t *testing.T) {
 	if got, err = c.Runs(ctx, "s1", 1000); err != nil || len(got) != keptRuns+1 || got[keptRuns].ID != "002" {
 		t.Errorf("%d runs are kept, %v", len(got), err)
 	}
+	done := run("005", "s2", RunSucceeded)
+	done.Finished = epoch
+	must(t, c.AddRun(ctx, done))
+	must(t, c.AddRun(ctx, run("006", "s2", RunWaiting)))
+	for schedule, want := range map[string][]string{"s1": {"1099", "002"}, "s2": {"006", "005", "004"}, "": {"1099", "006", "005", "004", "002"}} {
+		last, err := c.LastRuns(ctx, schedule)
+		must(t, err)
+		var ids []string
+		for _, r := range last {
+			ids = append(ids, r.ID)
+		}
+		if diff := cmp.Diff(want, ids); diff != "" {
+			t.Errorf("the last of %q: %s", schedule, diff)
+		}
+	}
+	must(t, c.UpdateRun(ctx, ScheduleRun{ID: "006", Schedule: "s2", State: RunSkipped, Finished: epoch}))
 	unfinished, err := c.UnfinishedRuns(ctx, "")
 	if err != nil || len(unfinished) != 2 || unfinished[0].ID != "002" || unfinished[1].ID != "004" {
 		t.Errorf("%+v, %v", unfinished, err)

@@ -58,14 +58,20 @@ const toldFailures = 3
 // outcome says how a run ended of which these are the jobs; false: one goes on.
 func outcome(jobs []catalog.Job, name func(uuid string) string) (state catalog.RunState, reason string, ended bool) {
 	var failed, cancelled []string
+	tell := func(j catalog.Job, what string) string {
+		if j.Domain == "" { // a group, which tells of its own
+			return what
+		}
+		return name(j.Domain) + ": " + what
+	}
 	for _, j := range jobs {
 		switch {
 		case !j.State.Ended():
 			return catalog.RunRunning, "", false
 		case j.State == catalog.JobFailed:
-			failed = append(failed, name(j.Domain)+": "+j.ErrorMessage)
+			failed = append(failed, tell(j, j.ErrorMessage))
 		case j.State == catalog.JobCancelled:
-			cancelled = append(cancelled, name(j.Domain)+": cancelled")
+			cancelled = append(cancelled, tell(j, "cancelled"))
 		}
 	}
 	ends := append(failed, cancelled...)

@@ -83,6 +83,7 @@ func TestOutcome(t *testing.T) {
 		{[]catalog.Job{failed, job("d", catalog.JobCancelling, "")}, catalog.RunRunning, "", false},
 		{[]catalog.Job{good, good}, catalog.RunSucceeded, "", true},
 		{[]catalog.Job{failed}, catalog.RunFailed, "B: no space", true},
+		{[]catalog.Job{job("", catalog.JobFailed, "1 of 3 failed")}, catalog.RunFailed, "1 of 3 failed", true},
 		{[]catalog.Job{cancelled, good}, catalog.RunCancelled, "1 of 2 backups were not made: C: cancelled", true},
 		{[]catalog.Job{cancelled, good, failed}, catalog.RunFailed, "2 of 3 backups were not made: B: no space; C: cancelled", true},
 		{[]catalog.Job{failed, failed, failed, failed, failed}, catalog.RunFailed,

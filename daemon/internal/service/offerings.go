@@ -126,9 +126,6 @@ func (s *Service) RemoveOffering(ctx context.Context, caller bus.Caller, id stri
 	if err := s.unused(ctx, offering, assigned); err != nil && !o.Forced {
 		return nil, err
 	}
-	if err := s.unscheduled(ctx, offering.Name); err != nil && !o.Forced {
-		return nil, err
-	}
 	for _, uuid := range uuids {
 		if err := s.UnassignDomain(ctx, caller, uuid); err != nil && !errors.Is(err, dbus.ErrNotFound) {
 			return nil, err

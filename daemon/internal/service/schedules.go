@@ -122,18 +122,6 @@ func (s *Service) changeSchedule(ctx context.Context, caller bus.Caller, id stri
 	}))
 }
 
-// unscheduled says which schedule is for an offering, if there is one. By force,
-// the offering goes, and the schedule's runs tell that it is gone.
-func (s *Service) unscheduled(ctx context.Context, offering string) error {
-	all, err := s.Catalog.Schedules(ctx)
-	for _, c := range all {
-		if c.Offering == offering {
-			return dbus.Errorf(dbus.ErrBusy, "schedule %q is for offering %q: remove it first, or force it, and its runs are skipped", c.Name, offering)
-		}
-	}
-	return failure.Named(err)
-}
-
 // UpdateSchedule changes what is given.
 func (s *Service) UpdateSchedule(ctx context.Context, caller bus.Caller, id string, o dbus.UpdateScheduleOptions) error {
 	return s.changeSchedule(ctx, caller, id, func(to *catalog.Schedule) error { return s.applySchedule(ctx, to, o) })
@@ -234,10 +222,29 @@ func (s *Service) schedules(ctx context.Context) ([]dbus.Record, error) {
 	if err != nil {
 		return nil, err
 	}
-	return records(ctx, list, s.scheduleRecord)
+	runs, err := s.Catalog.LastRuns(ctx, "")
+	if err != nil {
+		return nil, err
+	}
+	of := map[string][]catalog.ScheduleRun{}
+	for _, r := range runs {
+		of[r.Schedule] = append(of[r.Schedule], r)
+	}
+	return records(ctx, list, func(ctx context.Context, c catalog.Schedule) (dbus.ScheduleProperties, error) {
+		return s.describeSchedule(ctx, c, of[c.ID])
+	})
 }
 
 func (s *Service) scheduleRecord(ctx context.Context, c catalog.Schedule) (dbus.ScheduleProperties, error) {
+	runs, err := s.Catalog.LastRuns(ctx, c.ID)
+	if err != nil {
+		return dbus.ScheduleProperties{}, err
+	}
+	return s.describeSchedule(ctx, c, runs)
+}
+
+// describeSchedule describes a schedule; runs are its last ones, newest first.
+func (s *Service) describeSchedule(ctx context.Context, c catalog.Schedule, runs []catalog.ScheduleRun) (dbus.ScheduleProperties, error) {
 	p := dbus.ScheduleProperties{
 		ID: c.ID, Name: c.Name, DomainUUID: c.Domain, Offering: c.Offering, Calendars: c.Calendars,
 		RandomizedDelay: uint64(c.RandomizedDelay.Microseconds()), Persistent: c.Persistent, Isolated: c.Isolated,
@@ -257,8 +264,21 @@ func (s *Service) scheduleRecord(ctx context.Context, c catalog.Schedule) (dbus.
 		}
 		p.Repository = r.Name
 	}
+	for i, r := range runs {
+		if i == 0 {
+			p.LastRun, p.LastState, p.LastReason = r.Created, dbus.RunState(r.State), r.Reason
+		}
+		switch r.State {
+		case catalog.RunRunning:
+			p.Jobs = r.Jobs
+		case catalog.RunSucceeded:
+			if p.LastSuccess.IsZero() {
+				p.LastSuccess = r.Created
+			}
+		}
+	}
 	s.timerState(ctx, &p)
-	return p, s.lastRuns(ctx, &p)
+	return p, nil
 }
 
 // due is when schedules are due next, by the UUID of the domain or the name of
@@ -310,25 +330,6 @@ func (s *Service) timerState(ctx context.Context, p *dbus.ScheduleProperties) {
 		p.Problem = "its timer does not run: see systemctl status " + p.Unit + ", and disable and enable the schedule to set it anew"
 	}
 	p.NextElapse = state.Next
-}
-
-// lastRuns fills in what became of the newest runs.
-func (s *Service) lastRuns(ctx context.Context, p *dbus.ScheduleProperties) error {
-	const looked = 100
-	runs, err := s.Catalog.Runs(ctx, p.ID, looked)
-	for i, r := range runs {
-		if i == 0 {
-			p.LastRun, p.LastState, p.LastReason = r.Created, dbus.RunState(r.State), r.Reason
-		}
-		if r.State == catalog.RunRunning {
-			p.Jobs = r.Jobs
-		}
-		if r.State == catalog.RunSucceeded {
-			p.LastSuccess = r.Created
-			break
-		}
-	}
-	return err
 }
 
 // ScheduleChanged tells that something about a schedule reads differently.

@@ -66,6 +66,7 @@ CREATE TABLE schedule_runs (
 	finished INTEGER NOT NULL -- 0 until then
 ) STRICT;
 CREATE INDEX schedule_runs_schedule ON schedule_runs (schedule, id);
+CREATE INDEX schedule_runs_state ON schedule_runs (schedule, state, id);
 -- Runs never pile up.
 CREATE UNIQUE INDEX schedule_runs_one_waiting ON schedule_runs (schedule) WHERE state = 'waiting';
 CREATE UNIQUE INDEX schedule_runs_one_running ON schedule_runs (schedule) WHERE state = 'running';

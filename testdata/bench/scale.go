@@ -69,7 +69,7 @@ func scale(ctx context.Context, text *strings.Builder) error {
 		return err
 	}
 	fmt.Fprintf(text, "\n| the same: `virtbackupctl` from start to exit | median ms | p99 ms | output KiB |\n| --- | --- | --- | --- |\n")
-	for _, verb := range []string{"status", "list", "list scale-0001", "list --repository scale-1 --kind full", "jobs", "jobs --all", "domain show scale-0001", "show scale-0001", "repository list", "domain list"} {
+	for _, verb := range []string{"status", "list", "list scale-0001", "list --repository scale-1 --kind full", "jobs", "jobs --all", "domain show scale-0001", "show scale-0001", "repository list", "domain list", "usage", "usage --by user", "metrics"} {
 		if err := s.verb(ctx, verb); err != nil {
 			return err
 		}

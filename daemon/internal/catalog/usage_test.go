@@ -118,29 +118,13 @@ func TestQuotasForbidBackups(t *testing.T) {
 	}
 }
 
-// fill makes a large catalog: so many backups of so many domains, with manifests.
-func fill(t testing.TB, c *Catalog, domains, each int) {
-	t.Helper()
-	tx, err := c.writer.Begin()
-	must(t, err)
-	_, err = tx.Exec(`WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < ?1 - 1) INSERT INTO domains (uuid, name) SELECT 'd' || i, 'n' || i FROM n`, domains)
-	must(t, err)
-	_, err = tx.Exec(`WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < ?1 * ?2 - 1)
-		INSERT INTO backups (id, domain, domain_name, repository, job, kind, state, cause, isolated, consistency, created, finished, size, stored_bytes, data_bytes,
-			error, offering, mode, compression, level, threads, chain_size, quiesce, manifest, uid)
-		SELECT printf('01JD8Q4M6Z3V5W7X%010d', i), 'd' || (i % ?1), 'n' || (i % ?1), 'r' || (1 + i % 2), 'j', 'full', 'complete', '', 0, '', i, i, 1000, i % 100, 1,
-			'', 'o' || (i % 10), 'full', '', 0, 0, 0, '', hex(zeroblob(1500)), i % 5 FROM n`, domains, each)
-	must(t, err)
-	must(t, tx.Commit())
-}
-
 // BenchmarkUsage is of 1,000 domains and 100,000 backups.
 func BenchmarkUsage(b *testing.B) {
-	c, err := Open(b.Context(), b.TempDir()+"/catalog")
+	f := filling{path: b.TempDir() + "/catalog", domains: 1000, each: 100, now: epoch}
+	c, err := Open(b.Context(), f.path)
 	must(b, err)
 	defer c.Close()
-	fixture(b, c)
-	fill(b, c, 1000, 100)
+	must(b, f.fill(b.Context(), c))
 	for _, by := range []UsageBy{ByDomain, ByOffering, ByUser, ByRepository} {
 		b.Run(string(by), func(b *testing.B) {
 			for range b.N {
@@ -152,7 +136,7 @@ func BenchmarkUsage(b *testing.B) {
 			}
 		})
 	}
-	for kind, subject := range map[QuotaKind]string{QuotaDomain: "d1", QuotaOffering: "o1", QuotaUser: "1"} {
+	for kind, subject := range map[QuotaKind]string{QuotaDomain: f.uuid(1), QuotaUser: "0"} {
 		b.Run(fmt.Sprint("quota of ", kind), func(b *testing.B) {
 			for range b.N {
 				u, err := c.QuotaUse(b.Context(), kind, subject)

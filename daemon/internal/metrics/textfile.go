@@ -18,26 +18,31 @@ type Textfile struct {
 	Log      *slog.Logger
 }
 
-// idle is how often the settings are looked at while there is no file.
-const idle = time.Minute
+// lookAgain is how soon a change of the settings is seen.
+const lookAgain = 2 * time.Second
 
 // Run writes until ctx ends. It says once, not each time, that it cannot.
 func (t Textfile) Run(ctx context.Context) {
-	failed := ""
+	var last time.Time
+	var at, failed string
 	for {
 		path, interval := t.Settings()
 		if path == "" {
-			failed, interval = "", min(interval, idle)
-		} else if err := t.write(ctx, path); err == nil {
 			failed = ""
-		} else if ctx.Err() == nil && failed != err.Error() {
-			failed = err.Error()
-			t.Log.Warn("cannot write the metrics", "error", err)
+		} else if path != at || time.Since(last) >= interval {
+			last = time.Now()
+			if err := t.write(ctx, path); err == nil {
+				failed = ""
+			} else if ctx.Err() == nil && failed != err.Error() {
+				failed = err.Error()
+				t.Log.Warn("cannot write the metrics", "error", err)
+			}
 		}
+		at = path
 		select {
 		case <-ctx.Done():
 			return
-		case <-time.After(interval):
+		case <-time.After(min(interval, lookAgain)):
 		}
 	}
 }

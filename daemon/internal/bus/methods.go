@@ -3,6 +3,7 @@ package bus
 import (
 	"context"
 	"fmt"
+	"maps"
 
 	godbus "github.com/godbus/dbus/v5"
 	"github.com/virtbackup/virtbackup/dbus"
@@ -53,6 +54,12 @@ func apiMethods(interfaces []dbus.Interface) (map[string]method, error) {
 }
 
 func parsers() map[string]parser {
+	all := managerParsers()
+	maps.Copy(all, objectParsers())
+	return all
+}
+
+func managerParsers() map[string]parser {
 	return map[string]parser{
 		"org.virtbackup1.Manager.CreateRepository":       createRepository,
 		"org.virtbackup1.Manager.CreateOffering":         createOffering,
@@ -78,7 +85,12 @@ func parsers() map[string]parser {
 		"org.virtbackup1.Manager.RemoveQuota":            removeQuota,
 		"org.virtbackup1.Manager.Reload":                 change("reload", reload),
 		"org.virtbackup1.Manager.NotifyHook":             notifyHook,
+	}
+}
 
+// objectParsers are those of what the Manager makes and finds.
+func objectParsers() map[string]parser {
+	return map[string]parser{
 		"org.virtbackup1.Repository.Check":  startJob("check repository", Backend.CheckRepository),
 		"org.virtbackup1.Repository.Update": updateRepository,
 		"org.virtbackup1.Repository.Remove": removeRepository,

@@ -16,7 +16,8 @@ import (
 func TestNoTableIsReadWhole(t *testing.T) {
 	c := openNew(t)
 	all := map[string][]any{
-		summaryQuery: nil,
+		"SELECT max(sequence) + 1 FROM backups": nil, // of each commit
+		summaryQuery:                            nil,
 		"SELECT " + chainColumns + ` FROM chains WHERE domain = ? AND repository = ? AND isolated = 0 ORDER BY state = 'open' DESC, id DESC LIMIT 1`: {"d", "r"},
 		"SELECT " + chainColumns + " FROM chains WHERE domain = ? ORDER BY id DESC LIMIT 100":                                                        {"d"},
 		"SELECT " + jobColumns + " FROM jobs WHERE finished = 0 ORDER BY id DESC LIMIT 100":                                                          nil,

@@ -90,7 +90,7 @@ func TestCompareCountsTheWholeDisk(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &worker{directory: dir, spec: spec, status: newReporter(dir)}
+	w := &worker{directory: dir, spec: spec, status: newReporter(dir), throttle: newThrottle()}
 	c := &backup{worker: w, BackupSpec: spec.Backup}
 	if c.repo, err = w.open(); err != nil {
 		t.Fatal(err)

@@ -126,6 +126,7 @@ CREATE INDEX backups_complete ON backups (domain, id) WHERE state = 'complete';
 CREATE INDEX backups_running ON backups (id) WHERE state = 'running';
 CREATE INDEX backups_deleting ON backups (id) WHERE state = 'deleting';
 CREATE INDEX backups_damaged ON backups (id) WHERE state = 'damaged';
+CREATE INDEX backups_sequence ON backups (sequence);
 CREATE INDEX backups_created ON backups (created, id);
 CREATE INDEX backups_offering ON backups (offering, id);
 CREATE INDEX chains_domain ON chains (domain, repository, id);

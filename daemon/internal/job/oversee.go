@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"time"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/journal"
 )
 
 // overseeEach is how often a job that runs is looked at.
@@ -35,7 +37,8 @@ func (e *Engine) oversee(ctx context.Context, cancel context.CancelCauseFunc, en
 		case now := <-tick.C:
 			named, overdue := e.look(en, now)
 			if named != "" {
-				e.options.Logger.Warn("a job makes no progress", "job", en.job.ID, "phase", named)
+				e.options.Logger.Warn("a job makes no progress", journal.MessageID, journal.JobStalled,
+					journal.Job, en.job.ID, "kind", en.job.Kind, "phase", named)
 			}
 			if overdue != nil {
 				cancel(overdue)

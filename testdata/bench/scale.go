@@ -60,7 +60,7 @@ func scale(ctx context.Context, text *strings.Builder) error {
 	if s.client, err = dbus.ConnectPipe(ctx, countedConn{conn, &s.read}); err != nil {
 		return err
 	}
-	defer s.client.Close()
+	defer func() { _ = s.client.Close() }()
 	if err := s.settled(ctx); err != nil {
 		return err
 	}
@@ -204,19 +204,36 @@ func (s *scaled) calls(ctx context.Context) error {
 		job = j
 		break
 	}
+	for _, one := range s.asked(ctx, backup, repository, offering, job.ID) {
+		if err := s.measure(one.name, scaleCalls, func() (int64, error) {
+			before := s.read.Load()
+			err := one.call()
+			return s.read.Load() - before, err
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// asked is a call to measure.
+type asked struct {
+	name string
+	call func() error
+}
+
+func (s *scaled) asked(ctx context.Context, backup dbus.BackupProperties, repository, offering, job string) []asked {
+	c := s.client
 	damaged, full := dbus.BackupDamaged, dbus.KindFull
 	old := time.Now().AddDate(0, 0, -40)
-	for _, one := range []struct {
-		name string
-		call func() error
-	}{
+	return []asked{
 		{"properties of the manager", func() error { _, err := dbus.Get[dbus.ManagerProperties](ctx, c, ""); return err }},
 		{"properties of a repository", func() error { _, err := dbus.Get[dbus.RepositoryProperties](ctx, c, repository); return err }},
 		{"properties of an offering", func() error { _, err := dbus.Get[dbus.OfferingProperties](ctx, c, offering); return err }},
 		{"properties of a domain", func() error { _, err := dbus.Get[dbus.DomainProperties](ctx, c, backup.DomainUUID); return err }},
 		{"properties of a chain", func() error { _, err := dbus.Get[dbus.ChainProperties](ctx, c, backup.Chain); return err }},
 		{"properties of a backup", func() error { _, err := dbus.Get[dbus.BackupProperties](ctx, c, backup.ID); return err }},
-		{"properties of a job", func() error { _, err := dbus.Get[dbus.JobProperties](ctx, c, job.ID); return err }},
+		{"properties of a job", func() error { _, err := dbus.Get[dbus.JobProperties](ctx, c, job); return err }},
 		{"`GetDomain`", func() error { _, err := c.FindDomain(ctx, backup.DomainName); return err }},
 		{"`GetBackup`", func() error { _, err := c.FindBackup(ctx, backup.ID[:20]); return err }},
 		{"`ListDomains`, a page of 100", func() error { _, err := c.DomainPage(ctx, dbus.DomainFilter{}, "", 0); return err }},
@@ -230,16 +247,7 @@ func (s *scaled) calls(ctx context.Context) error {
 		{"`ListJobs` unfinished ones, 0", func() error { return first(c.Jobs(ctx, dbus.JobFilter{Unfinished: true})) }},
 		{"`ListTracking` of a domain", func() error { _, err := c.DomainTracking(ctx, backup.DomainUUID); return err }},
 		{"`GetManagedObjects`", func() error { _, err := c.Objects(ctx); return err }},
-	} {
-		if err := s.measure(one.name, scaleCalls, func() (int64, error) {
-			before := s.read.Load()
-			err := one.call()
-			return s.read.Load() - before, err
-		}); err != nil {
-			return err
-		}
 	}
-	return nil
 }
 
 func (s *scaled) verb(ctx context.Context, verb string) error {

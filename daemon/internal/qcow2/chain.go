@@ -139,24 +139,6 @@ func (i *Image) read(p []byte, m mapping) error {
 	if m.state == plain {
 		return readFull(i.r, p, m.host)
 	}
-	packed := make([]byte, m.packed)
-	if err := readFull(i.r, packed, m.host); err != nil {
-		return err
-	}
-	if int64(len(p)) == i.raw.clusterSize {
-		return i.inflate(p, packed, m)
-	}
-	whole := make([]byte, i.raw.clusterSize)
-	if err := i.inflate(whole, packed, m); err != nil {
-		return err
-	}
-	copy(p, whole[m.inside:])
-	return nil
-}
-
-func (i *Image) inflate(plain, packed []byte, m mapping) error {
-	if err := i.unpack.decompress(plain, packed); err != nil {
-		return fmt.Errorf("cannot decompress the cluster at host offset %d: %w", m.host, noEOF(err))
-	}
-	return nil
+	_, err := i.readPacked(p, m)
+	return err
 }

@@ -15,8 +15,9 @@ import (
 // decompressor unpacks clusters; it may be used from many goroutines at once.
 type decompressor interface {
 	// decompress fills all of plain from packed, behind whose end there may be
-	// other clusters' data.
-	decompress(plain, packed []byte) error
+	// other clusters' data. It returns how long what it needed is; 0 if that
+	// cannot be told.
+	decompress(plain, packed []byte) (n int, err error)
 }
 
 func newDecompressor(c Compression) (decompressor, error) {
@@ -33,31 +34,33 @@ func newDecompressor(c Compression) (decompressor, error) {
 
 type inflater struct{ pool sync.Pool }
 
-func (d *inflater) decompress(plain, packed []byte) error {
+func (d *inflater) decompress(plain, packed []byte) (n int, err error) {
 	r, ok := d.pool.Get().(io.ReadCloser)
 	if !ok {
 		r = flate.NewReader(nil)
 	}
 	defer d.pool.Put(r)
-	if err := r.(flate.Resetter).Reset(bytes.NewReader(packed), nil); err != nil {
-		return err
+	from := bytes.NewReader(packed) // of which no more is read than is needed
+	if err := r.(flate.Resetter).Reset(from, nil); err != nil {
+		return 0, err
 	}
-	_, err := io.ReadFull(r, plain)
-	return err
+	if _, err = io.ReadFull(r, plain); err == nil && atEnd(r) {
+		n = len(packed) - from.Len()
+	}
+	return n, err
 }
 
 type zstdDecompressor struct{ *zstd.Decoder }
 
-func (d zstdDecompressor) decompress(plain, packed []byte) error {
-	n, err := frameLength(packed)
-	if err != nil {
-		return err
+func (d zstdDecompressor) decompress(plain, packed []byte) (n int, err error) {
+	if n, err = frameLength(packed); err != nil {
+		return 0, err
 	}
 	out, err := d.DecodeAll(packed[:n], plain[:0:len(plain)])
 	if err == nil && len(out) != len(plain) {
 		err = fmt.Errorf("%d bytes instead of %d", len(out), len(plain))
 	}
-	return err
+	return n, err
 }
 
 // frameLength finds a frame's end (RFC 8878, chapters 3.1.1 and 3.1.1.2): the

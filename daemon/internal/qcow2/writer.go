@@ -65,6 +65,7 @@ type job struct {
 	source      *os.File // copied from as it is, from host on; then there is no buffer
 	host        int64
 	buffer      []byte // as GetBuffer gave it; padded to whole clusters
+	forms       []Form // that clusters have already
 	clusters    []packed
 	packed      []byte // the compressed clusters, one after the other
 	err         error
@@ -165,7 +166,9 @@ func (w *Writer) PutBuffer(p []byte) {
 // but for the disk's end. p should come from GetBuffer; the writer owns it
 // from now on, also when it returns an error. Clusters of zeros are found, and
 // written as zeroes. Errors may come late: with another call, or with Finish.
-func (w *Writer) WriteData(off uint64, p []byte) error {
+func (w *Writer) WriteData(off uint64, p []byte) error { return w.write(off, p, nil) }
+
+func (w *Writer) write(off uint64, p []byte, forms []Form) error {
 	if err := w.advance(off, uint64(len(p))); err != nil {
 		w.PutBuffer(p)
 		return err
@@ -174,7 +177,7 @@ func (w *Writer) WriteData(off uint64, p []byte) error {
 		w.PutBuffer(p)
 		return nil
 	}
-	j := &job{off: off, length: uint64(len(p)), buffer: pad(p), done: make(chan struct{})}
+	j := &job{off: off, length: uint64(len(p)), buffer: pad(p), forms: forms, done: make(chan struct{})}
 	w.work <- j
 	w.order <- j
 	return nil
@@ -255,7 +258,15 @@ func (w *Writer) pack(j *job, c compressor) error {
 		plain := j.buffer[from : from+clusterSize]
 		zero := bytes.Equal(plain, zeroCluster[:])
 		j.clusters[i].zero = zero
-		if zero || c == nil {
+		var form Form
+		if i < len(j.forms) {
+			form = j.forms[i]
+		}
+		if zero || c == nil || form.Plain {
+			continue
+		}
+		if form.Packed != nil {
+			j.packed, j.clusters[i].compressed = append(j.packed, form.Packed...), len(form.Packed)
 			continue
 		}
 		before := len(j.packed)

@@ -110,8 +110,9 @@ func (d *diskCopy) close() {
 // extent is a span on its way from the export to the image.
 type extent struct {
 	span
-	data []byte // the writer's buffer
-	sums [][digest.SumSize]byte
+	data  []byte // the writer's buffer
+	sums  [][digest.SumSize]byte
+	forms []qcow2.Form // of a merge: as it was stored
 }
 
 func (d *diskCopy) copy(ctx context.Context) error {
@@ -262,7 +263,7 @@ func (d *diskCopy) put(e *extent) error {
 		d.count.zero.Add(e.length)
 		err = d.writer.WriteZero(e.off, e.length)
 	case spanData:
-		err = d.writer.WriteData(e.off, e.data)
+		err = d.writer.WriteForms(e.off, e.data, e.forms)
 	}
 	return classify(ClassRepository, err)
 }

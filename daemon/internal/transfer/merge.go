@@ -26,6 +26,8 @@ type mergedDisk struct {
 	from   *storedDisk
 	images int // of those of from, how many are merged: the first ones
 	before repository.Disk
+
+	compression qcow2.Compression // of the new image
 }
 
 // merge makes Into stand on Base. The images are written anew beside the old
@@ -117,8 +119,6 @@ func (m *merging) prepare() error {
 	if m.Base == "" {
 		m.Manifest.Kind = repository.KindFull
 	}
-	// As the images are now: what was compressed is compressed again.
-	m.Compression, m.Level = m.Manifest.Offering.Compression, m.Manifest.Offering.Level
 	for i := range m.Manifest.Disks {
 		if m.Manifest.Disks[i].Kind == repository.KindFull {
 			continue // it stands on nothing
@@ -147,12 +147,25 @@ func (m *merging) open(entry *repository.Disk) error {
 	} else if d.parent, err = openDisk(m.repo, m.base, entry.Target); err != nil {
 		return err
 	}
+	d.chooseCompression()
 	entry.DataBytes = 0
 	if d.image, err = m.rewrite.Create(entry.File); err != nil {
 		return inRepository(err)
 	}
 	d.digests, err = m.rewrite.Create(repository.DigestName(entry.Target))
 	return inRepository(err)
+}
+
+// chooseCompression chooses that of one of the images that are merged, whose
+// clusters are copied as they are. An image without compressed clusters is one
+// of zlib to QEMU.
+func (d *mergedDisk) chooseCompression() {
+	d.compression = qcow2.CompressionZlib
+	for _, image := range d.from.images[:d.images] {
+		if image.Header().Compression == qcow2.CompressionZstd {
+			d.compression = qcow2.CompressionZstd
+		}
+	}
 }
 
 // copy writes what the merged images hold into the new one.
@@ -192,7 +205,8 @@ func (d *mergedDisk) copy(ctx context.Context) error {
 
 // merged is a part of a disk on its way to the new image. What lies in an
 // image's file as it is, is not read, but copied from file to file: that it is
-// what it must be is seen when the new image is read back.
+// what it must be is seen when the new image is read back. What is compressed is
+// read, and stays as it was compressed.
 type merged struct {
 	*stored
 	from *os.File // nil: it is read
@@ -203,12 +217,17 @@ func (d *mergedDisk) read(piece *merged) error {
 	if piece.from != nil {
 		return nil
 	}
-	return d.from.read(piece.stored, &d.count.done)
+	if piece.kind != spanData {
+		return nil
+	}
+	var err error
+	piece.forms, err = d.from.chain.ReadForms(piece.data, piece.off, d.compression)
+	return d.from.compare(piece.stored, &d.count.done, err)
 }
 
 // take takes the next piece into the new image.
 func (d *mergedDisk) take(piece *merged) error {
-	e := &extent{piece.span, piece.data, piece.sums}
+	e := &extent{piece.span, piece.data, piece.sums, piece.forms}
 	if piece.from == nil {
 		return d.put(e)
 	}

@@ -11,8 +11,9 @@ import (
 // stored is a part of a disk on its way from the images.
 type stored struct {
 	span
-	data []byte
-	sums [][digest.SumSize]byte // what it must be
+	data  []byte
+	sums  [][digest.SumSize]byte // what it must be
+	forms []qcow2.Form           // of a merge: as it is stored
 }
 
 // walk emits the whole disk in order: what is stored in pieces with a buffer
@@ -107,7 +108,13 @@ func (s *storedDisk) read(piece *stored, count *atomic.Uint64) error {
 	if piece.kind == spanZero {
 		return nil
 	}
-	if _, err := s.chain.ReadAt(piece.data, int64(piece.off)); err != nil {
+	_, err := s.chain.ReadAt(piece.data, int64(piece.off))
+	return s.compare(piece, count, err)
+}
+
+// compare compares a piece that was read with its digests.
+func (s *storedDisk) compare(piece *stored, count *atomic.Uint64, err error) error {
+	if err != nil {
 		return fail(ClassVerification, "cannot read %d bytes at %d: %w", piece.length, piece.off, err)
 	}
 	count.Add(piece.length)

@@ -15,14 +15,18 @@ import (
 
 func (a *app) backupCommand() *cobra.Command {
 	var o dbus.BackupOptions
+	var as groupFlags
 	cmd := &cobra.Command{
 		Use:   "backup DOMAIN...",
 		Short: "Back up domains",
 		Long: `Back up domains, each with the offering that it is assigned to, or ad hoc.
 
-All are started, and all are followed; the exit status is 1 if one failed.`,
+All are started, and all are followed; the exit status is 1 if one failed.
+With --parallel or --sequential they are one job, a group, that can be
+cancelled and retried as a whole.`,
 		Example: `  virtbackupctl backup web1
   virtbackupctl backup web1 web2 --no-block
+  virtbackupctl backup web1 web2 web3 --sequential --priority 80
   virtbackupctl backup web1 --repository nas --isolated --compression zstd`,
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: a.names(0, domainNames),
@@ -32,11 +36,16 @@ All are started, and all are followed; the exit status is 1 if one failed.`,
 	f.StringVar(&o.Repository, "repository", "", "back up to this `REPOSITORY`, without an offering")
 	f.BoolVar(&o.Isolated, "isolated", false, "make a full backup that belongs to no chain")
 	f.BoolVar(&o.Full, "full", false, "make a full backup, and begin a new chain with it")
+	as.add(cmd)
 	addSettings(cmd, &o.Settings)
 	cmd.MarkFlagsMutuallyExclusive("offering", "repository")
 	complete(cmd, "offering", a.names(0, offeringNames))
 	complete(cmd, "repository", a.names(0, repositoryNames))
 	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
+		as.set(cmd, &o)
+		if as.parallel || as.sequential {
+			return a.backupGroup(ctx, c, args, dbus.GroupOptions{Sequential: as.sequential, BackupOptions: o})
+		}
 		return a.backup(ctx, c, args, o)
 	})
 	return cmd

@@ -51,9 +51,12 @@ func exitStatus(err error) int {
 	var usage *usageError
 	var job *jobError
 	var detached *detachedError
+	var command *commandError
 	switch {
 	case err == nil:
 		return exitDone
+	case errors.As(err, &command):
+		return command.status
 	case errors.As(err, &detached):
 		return exitInterrupted
 	case errors.As(err, &job):
@@ -104,8 +107,8 @@ func message(err error, host string) string {
 // report tells of the error that a run ended with, and returns the exit status.
 func (a *app) report(err error) int {
 	status := exitStatus(err)
-	if err == nil {
-		return status
+	if command := new(commandError); err == nil || errors.As(err, &command) {
+		return status // the command has told
 	}
 	if a.json != jsonOff {
 		failure := object{{"error", string(errorName(err))}, {"message", message(err, a.host)}, {"exit_status", status}}

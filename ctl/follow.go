@@ -145,6 +145,8 @@ func title(job dbus.JobProperties) string {
 		return "verify of " + job.Backup
 	case dbus.OperationDelete:
 		return "delete of " + job.Backup
+	case dbus.OperationGroup:
+		return "group " + job.ID
 	case dbus.OperationCheck:
 		return "check of repository " + job.Repository
 	}

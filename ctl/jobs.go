@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -130,10 +131,10 @@ func jobTable(p *page, jobs []dbus.JobProperties) {
 	var rows [][]string
 	for _, j := range jobs {
 		rows = append(rows, []string{
-			j.ID, string(j.Operation), j.DomainName, j.Repository, string(j.State), jobProgress(j), moment(j.Created), j.ErrorMessage,
+			j.ID, string(j.Operation), j.DomainName, j.Repository, string(j.State), jobProgress(j), moment(j.Created), cmp.Or(j.Waiting, j.ErrorMessage),
 		})
 	}
-	p.table([]string{"JOB", "OPERATION", "DOMAIN", "REPOSITORY", "STATE", "PROGRESS", "CREATED", "ERROR"}, rows)
+	p.table([]string{"JOB", "OPERATION", "DOMAIN", "REPOSITORY", "STATE", "PROGRESS", "CREATED", "REASON"}, rows)
 }
 
 // jobProgress says how far a job is that goes on.
@@ -204,6 +205,14 @@ It may still succeed, when it was about to: that is told, and is the exit status
 	return cmd
 }
 
+// jobTry says which try of a job it is, when there may be several.
+func jobTry(j dbus.JobProperties) string {
+	if j.Attempts <= 1 {
+		return ""
+	}
+	return fmt.Sprintf("%d of %d", max(j.Attempt, 1), j.Attempts)
+}
+
 func jobPage(p *page, j dbus.JobProperties, log []dbus.LogMessage) {
 	domain := j.DomainName
 	if j.DomainUUID != "" {
@@ -217,6 +226,7 @@ func jobPage(p *page, j dbus.JobProperties, log []dbus.LogMessage) {
 		"Job", j.ID,
 		"Operation", string(j.Operation),
 		"State", string(j.State),
+		"Waiting", j.Waiting,
 		"Error", j.ErrorMessage,
 		"Warnings", strings.Join(j.Warnings, "; "),
 		"Progress", jobProgress(j),
@@ -228,6 +238,11 @@ func jobPage(p *page, j dbus.JobProperties, log []dbus.LogMessage) {
 		"Created", moment(j.Created),
 		"Started", moment(j.Started),
 		"Finished", moment(j.Finished),
+		"Priority", fmt.Sprint(j.Priority),
+		"Origin", string(j.Origin),
+		"Schedule", j.Schedule,
+		"Group", j.Parent,
+		"Try", jobTry(j),
 		"User id", strconv.FormatUint(uint64(j.UID), 10),
 		"Unit", j.Unit,
 	)

@@ -133,8 +133,12 @@ func bar(u dbus.JobUpdate, width int, now time.Time) string {
 
 // phase says what a job is at.
 func phase(job dbus.JobProperties) string {
-	if job.State != dbus.JobRunning || job.Phase == "" {
-		return string(job.State)
+	text := job.Phase
+	if job.State != dbus.JobRunning || text == "" {
+		text = string(job.State)
 	}
-	return job.Phase
+	if job.Waiting != "" {
+		text += ": " + job.Waiting
+	}
+	return text
 }

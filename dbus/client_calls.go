@@ -335,6 +335,21 @@ func (c *Client) PlanRestore(ctx context.Context, id string, o PlanRestoreOption
 	return plan, DecodeRecord(values, &plan)
 }
 
+// BackupGroup backs domains up, by names or UUIDs, as one job.
+func (c *Client) BackupGroup(ctx context.Context, domains []string, o GroupOptions) (job string, err error) {
+	return c.job(ctx, Ref{Kind: KindManager}, "BackupGroup", append([]string{}, domains...), EncodeOptions(o))
+}
+
+// RetryJob does again what failed, or was cancelled, of a job.
+func (c *Client) RetryJob(ctx context.Context, id string) (job string, err error) {
+	return c.job(ctx, Ref{KindJob, id}, "Retry", EncodeOptions(NoOptions{}))
+}
+
+// Inhibitors returns what holds jobs back, oldest first.
+func (c *Client) Inhibitors(ctx context.Context) ([]Inhibitor, error) {
+	return list[Inhibitor](ctx, c, Ref{Kind: KindManager}, "ListInhibitors")
+}
+
 // CancelJob asks a job to stop.
 func (c *Client) CancelJob(ctx context.Context, id string) error {
 	return c.object(ctx, Ref{KindJob, id}, "Cancel", []any{EncodeOptions(NoOptions{})})

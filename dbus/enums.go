@@ -165,6 +165,7 @@ const (
 	OperationDelete         Operation = "delete"
 	OperationPrune          Operation = "prune"
 	OperationCheck          Operation = "check"
+	OperationGroup          Operation = "group"
 )
 
 // PruneAction is what becomes of a backup that retention looks at.
@@ -235,5 +236,5 @@ func (Overlap) Values() []string { return []string{"skip", "queue"} }
 
 // Values returns what an Operation can be.
 func (Operation) Values() []string {
-	return []string{"backup", "restore", "restore-in-place", "verify", "delete", "prune", "check"}
+	return []string{"backup", "restore", "restore-in-place", "verify", "delete", "prune", "check", "group"}
 }

@@ -153,7 +153,18 @@ type BackupOptions struct {
 	Repository string `dbus:"repository"`
 	Isolated   bool   `dbus:"isolated"`
 	Full       bool   `dbus:"full"`
+	// Priority is from 0 to 99; nil for 50, which is normal.
+	Priority *uint32 `dbus:"priority"`
+	// Attempts is how often it may be tried when what it fails of may pass; nil for once.
+	Attempts *uint32 `dbus:"attempts"`
 	Settings
+}
+
+// GroupOptions are those of Manager.BackupGroup.
+type GroupOptions struct {
+	// Sequential begins each backup once the one before has ended.
+	Sequential bool `dbus:"sequential"`
+	BackupOptions
 }
 
 // QuotaOptions are those of Manager.SetQuota. What is nil stays; 0 is no bound.
@@ -236,7 +247,9 @@ type JobFilter struct {
 	Operation *Operation `dbus:"operation"`
 	State     *JobState  `dbus:"state"`
 	// Unfinished leaves out those that have ended.
-	Unfinished bool       `dbus:"unfinished"`
-	Since      *time.Time `dbus:"since"`
-	Until      *time.Time `dbus:"until"`
+	Unfinished bool `dbus:"unfinished"`
+	// Parent is the id of a group.
+	Parent string     `dbus:"parent"`
+	Since  *time.Time `dbus:"since"`
+	Until  *time.Time `dbus:"until"`
 }

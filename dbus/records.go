@@ -335,6 +335,16 @@ type Quota struct {
 	UsedChains  uint32    `dbus:"used_chains"`
 }
 
+// Inhibitor is one of Manager.ListInhibitors.
+type Inhibitor struct {
+	ID    string    `dbus:"id"`
+	What  []string  `dbus:"what"`
+	Who   string    `dbus:"who"`
+	Why   string    `dbus:"why"`
+	UID   uint32    `dbus:"uid"`
+	Since time.Time `dbus:"since"`
+}
+
 // LogMessage is one of Job.Log.
 type LogMessage struct {
 	Time    time.Time `dbus:"time"`

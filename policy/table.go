@@ -123,6 +123,13 @@ func ofObjects() map[string]Action {
 		"org.virtbackup1.Backup.RestoreInPlace": ActionRestoreInPlace,
 		"org.virtbackup1.Backup.PlanRestore":    ActionView,
 
+		// For each of the domains, see bus.
+		"org.virtbackup1.Manager.BackupGroup":    ActionBackup,
+		"org.virtbackup1.Manager.Inhibit":        ActionManageJobs,
+		"org.virtbackup1.Manager.ListInhibitors": ActionView,
+
+		// It makes backups only, and is asked about each of them.
+		"org.virtbackup1.Job.Retry":  ActionBackup,
 		"org.virtbackup1.Job.Cancel": ActionManageJobs,
 		"org.virtbackup1.Job.Log":    ActionView,
 	}

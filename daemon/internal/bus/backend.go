@@ -148,6 +148,14 @@ type Accounts interface {
 
 // Jobs is what is done with jobs.
 type Jobs interface {
+	// BackupGroup backs up the domains with these UUIDs.
+	BackupGroup(ctx context.Context, caller Caller, uuids []string, o dbus.GroupOptions) (job string, err error)
+	RetryJob(ctx context.Context, caller Caller, id string) (job string, err error)
+	// RetryDetails returns the details of all that RetryJob would do.
+	RetryDetails(ctx context.Context, id string) ([]map[string]string, error)
+	// Inhibit holds jobs back until ctx ends, which it does when the caller goes.
+	Inhibit(ctx context.Context, caller Caller, what []string, who, why string) error
+	ListInhibitors(ctx context.Context) ([]dbus.Inhibitor, error)
 	CancelJob(ctx context.Context, caller Caller, id string) error
 	// JobLog returns the newest messages, oldest first; all for a limit of 0.
 	JobLog(ctx context.Context, id string, limit int) ([]dbus.LogMessage, error)

@@ -2,6 +2,7 @@ package bus
 
 import (
 	"context"
+	"errors"
 	"maps"
 
 	godbus "github.com/godbus/dbus/v5"
@@ -90,6 +91,9 @@ type request struct {
 	// names are details of things that are yet to be made; an empty one takes
 	// a detail away.
 	names map[string]string
+	// apart returns the details of things each of which is to be authorized by
+	// itself, in place of the whole; nil for the whole.
+	apart func(ctx context.Context, s *Server) ([]map[string]string, error)
 	// run does it.
 	run func(ctx context.Context, s *Server, c Caller) ([]any, error)
 }
@@ -124,19 +128,34 @@ func (s *Server) handle(c call) ([]any, error) {
 		return nil, err
 	}
 	defer done()
-	details, missing := s.details(ctx, r)
-	asked := policy.Request{
-		Sender: c.sender, UID: id, Method: c.iface + "." + c.member, Details: details, Interactive: c.interactive,
-	}
-	if err := s.config.Authorizer.Authorize(ctx, asked); err != nil {
+	asked := policy.Request{Sender: c.sender, UID: id, Method: c.iface + "." + c.member, Interactive: c.interactive}
+	if err := s.authorize(ctx, r, asked); err != nil {
 		return nil, s.refusal(err)
-	}
-	if missing != nil {
-		return nil, s.refusal(missing)
 	}
 	s.config.Log.Debug("call", "method", asked.Method, "path", c.path, "uid", id, "sender", c.sender)
 	// From here on the call is done even when its caller goes.
 	return r.run(s.ctx, s, Caller{UID: id, Sender: c.sender})
+}
+
+// authorize asks whether a request may go on: about the whole, or about each of
+// its parts.
+func (s *Server) authorize(ctx context.Context, r request, asked policy.Request) error {
+	var parts []map[string]string
+	var missing error
+	if r.apart != nil {
+		parts, missing = r.apart(ctx, s)
+	}
+	if r.apart == nil || len(parts) == 0 {
+		details, err := s.details(ctx, r)
+		parts, missing = append(parts, details), errors.Join(missing, err)
+	}
+	for _, details := range parts {
+		asked.Details = details
+		if err := s.config.Authorizer.Authorize(ctx, asked); err != nil {
+			return err
+		}
+	}
+	return missing
 }
 
 // parse understands a call, or says why it cannot be.

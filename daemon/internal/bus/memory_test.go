@@ -295,6 +295,30 @@ func (m *memory) PlanRestore(_ context.Context, _ string, o dbus.PlanRestoreOpti
 	return dbus.RestorePlan{DomainName: o.Name, Disks: []dbus.PlanDisk{{Target: "vda", Images: []string{backupID}}}}, nil
 }
 
+func (m *memory) BackupGroup(_ context.Context, c Caller, uuids []string, o dbus.GroupOptions) (string, error) {
+	return jobID, m.note(c, "back up %v sequential=%v priority=%d", uuids, o.Sequential, *o.Priority)
+}
+
+func (m *memory) RetryJob(_ context.Context, c Caller, id string) (string, error) {
+	return jobID, m.note(c, "retry %s", id)
+}
+
+func (m *memory) RetryDetails(_ context.Context, id string) ([]map[string]string, error) {
+	if id != jobID {
+		return nil, dbus.Errorf(dbus.ErrNotFound, "there is no job %s", id)
+	}
+	return []map[string]string{{dbus.DetailDomainName: "web"}, {dbus.DetailDomainName: "mail"}}, nil
+}
+
+func (m *memory) Inhibit(ctx context.Context, c Caller, what []string, who, why string) error {
+	context.AfterFunc(ctx, func() { _ = m.note(c, "no longer inhibit %v", what) })
+	return m.note(c, "inhibit %v: %s: %s", what, who, why)
+}
+
+func (m *memory) ListInhibitors(context.Context) ([]dbus.Inhibitor, error) {
+	return []dbus.Inhibitor{{ID: "I1", What: []string{"backup"}, Who: "apt", Why: "an upgrade", UID: 7, Since: time.UnixMicro(1_700_000_000_000_000)}}, nil
+}
+
 func (m *memory) CancelJob(_ context.Context, c Caller, id string) error {
 	return m.note(c, "cancel %s", id)
 }

@@ -128,6 +128,11 @@ func objectParsers() map[string]parser {
 		"org.virtbackup1.Backup.RestoreInPlace": restoreInPlace,
 		"org.virtbackup1.Backup.PlanRestore":    planRestore,
 
+		"org.virtbackup1.Manager.BackupGroup":    backupGroup,
+		"org.virtbackup1.Manager.Inhibit":        inhibit,
+		"org.virtbackup1.Manager.ListInhibitors": listAll(Backend.ListInhibitors),
+
+		"org.virtbackup1.Job.Retry":  retryJob,
 		"org.virtbackup1.Job.Cancel": change("cancel job", Backend.CancelJob),
 		"org.virtbackup1.Job.Log":    jobLog,
 	}

@@ -201,28 +201,6 @@ func assignDomain(about dbus.Ref, a arguments) (request, error) {
 	return request{mentions: []mention{{dbus.KindOffering, offering}}, run: run}, a.options(&dbus.NoOptions{})
 }
 
-func backupDomain(about dbus.Ref, a arguments) (request, error) {
-	var o dbus.BackupOptions
-	if err := a.options(&o); err != nil {
-		return request{}, err
-	}
-	if o.Offering != "" && o.Repository != "" {
-		return request{}, dbus.Errorf(dbus.ErrInvalidArgument, "give an offering or a repository, not both")
-	}
-	r := request{
-		mentions: mentions(mention{dbus.KindOffering, o.Offering}, mention{dbus.KindRepository, o.Repository}),
-		run: func(ctx context.Context, s *Server, c Caller) ([]any, error) {
-			job, err := s.backend.BackupDomain(ctx, c, about.ID, o)
-			return jobPath(job), s.done(c, "back up domain", about, err)
-		},
-	}
-	if o.Repository != "" {
-		// In place of the domain's own offering.
-		r.names = map[string]string{dbus.DetailOffering: ""}
-	}
-	return r, nil
-}
-
 func setOverrides(about dbus.Ref, a arguments) (request, error) {
 	var o dbus.Overrides
 	unset := a.texts(1)
@@ -307,13 +285,4 @@ func planRestore(about dbus.Ref, a arguments) (request, error) {
 		return []any{dbus.EncodeRecord(plan)}, err
 	}
 	return request{run: run}, a.options(&o)
-}
-
-func jobLog(about dbus.Ref, a arguments) (request, error) {
-	limit := a.number(0)
-	run := func(ctx context.Context, s *Server, _ Caller) ([]any, error) {
-		messages, err := s.backend.JobLog(ctx, about.ID, limit)
-		return []any{dbus.EncodeRecords(messages)}, err
-	}
-	return request{run: run}, nil
 }

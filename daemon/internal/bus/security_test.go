@@ -9,6 +9,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	godbus "github.com/godbus/dbus/v5"
 	"github.com/virtbackup/virtbackup/dbus"
@@ -120,6 +121,67 @@ func TestDetailsAreOfWhatIsUsed(t *testing.T) {
 			t.Errorf("%s: details %s, want %s (%+v)", last.Method, got, step.want, last)
 		}
 		mu.Unlock()
+	}
+}
+
+// TestEachOfManyIsAuthorized has the bus ask about each backup of a group: who
+// may back one domain up gets no other by naming it beside that.
+func TestEachOfManyIsAuthorized(t *testing.T) {
+	address, m := bustest.Start(t), newMemory()
+	var mu sync.Mutex
+	var seen []string
+	serve(t, address, m, authorize(func(_ context.Context, r policy.Request) error {
+		mu.Lock()
+		defer mu.Unlock()
+		seen = append(seen, r.Details[dbus.DetailDomainName]+"/"+r.Details[dbus.DetailRepository])
+		if r.Details[dbus.DetailDomainName] == "web" {
+			return nil
+		}
+		return dbus.Errorf(dbus.ErrNotAuthorized, "no")
+	}))
+	c, ctx := client(t, address), t.Context()
+	group := func(repository string, names ...string) error {
+		_, err := c.BackupGroup(ctx, names, dbus.GroupOptions{BackupOptions: dbus.BackupOptions{Repository: repository, Priority: new(uint32(1))}})
+		return err
+	}
+	_, retry := c.RetryJob(ctx, jobID)
+	_, missing := c.RetryJob(ctx, "01JD8Q4M6Z3V5W7X9YZZZZZZZZ")
+	for i, err := range []error{group("", "web", "mail"), group("", "mail", "web"), group("tape", "web", "nothing"), group(""), retry, missing} {
+		if !errors.Is(err, dbus.ErrNotAuthorized) {
+			t.Errorf("%d: %v", i, err)
+		}
+	}
+	if err := group("tape", "web"); err != nil {
+		t.Error(err)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if last := seen[len(seen)-1]; last != "web/tape" || len(m.requests()) != 1 {
+		t.Errorf("asked about %v, done: %v", seen, m.requests())
+	}
+}
+
+// TestInhibitorsGoWithTheirCallers has jobs held back until the connection is closed.
+func TestInhibitorsGoWithTheirCallers(t *testing.T) {
+	address, m := bustest.Start(t), newMemory()
+	serve(t, address, m, authorize(func(context.Context, policy.Request) error { return nil }))
+	c := client(t, address)
+	if err := c.Inhibit(t.Context(), nil, "apt", "an upgrade", func(err error) { t.Error(err) }); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := c.Inhibitors(t.Context()); err != nil || len(all) != 1 || all[0].Who != "apt" || all[0].UID != 7 {
+		t.Errorf("got %+v, %v", all, err)
+	}
+	if len(m.requests()) != 1 {
+		t.Errorf("got %v", m.requests())
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(10 * time.Second); len(m.requests()) < 2; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("got %v", m.requests())
+		}
 	}
 }
 

@@ -140,6 +140,9 @@ func TestClientReachesEveryCallOfTheBackend(t *testing.T) {
 	job(c.RestoreBackup(ctx, backupID, "copy", dbus.RestoreOptions{Disks: []string{"vda"}}))
 	job(c.RestoreInPlace(ctx, backupID, dbus.RestoreInPlaceOptions{Start: true}))
 	ok(c.CancelJob(ctx, jobID))
+	job(c.BackupGroup(ctx, []string{"mail", webUUID}, dbus.GroupOptions{Sequential: true, BackupOptions: dbus.BackupOptions{Priority: new(uint32(99))}}))
+	job(c.RetryJob(ctx, jobID))
+	ok(c.Inhibit(ctx, []string{"backup"}, "apt", "an upgrade", func(err error) { t.Error(err) }))
 	want := []string{
 		"create repository new dir /srv/new true", "create offering monthly nas true", "reload", "notify hook", "check R1",
 		"remove repository R1", "update O1 to tape", "remove offering O1 true", "create schedule gold [daily Mon] for weekly",
@@ -147,6 +150,7 @@ func TestClientReachesEveryCallOfTheBackend(t *testing.T) {
 		"back up " + webUUID + ` offering="" repository="tape" full=true`, "finish " + webUUID, "override " + webUUID + " 4 of full, unset [threads]", "delete backups of " + webUUID + " true", "verify chain C1", "delete chain C1 true",
 		"delete " + backupID + " true", "verify " + backupID, "restore " + backupID + " as copy [vda]",
 		"restore " + backupID + " in place true", "cancel " + jobID,
+		"back up [" + mailUUID + " " + webUUID + "] sequential=true priority=99", "retry " + jobID, "inhibit [backup]: apt: an upgrade",
 	}
 	for i := range want {
 		want[i] = "0 " + want[i]

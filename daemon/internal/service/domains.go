@@ -10,6 +10,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/job"
 	"github.com/virtbackup/virtbackup/dbus"
 )
 
@@ -77,25 +78,41 @@ func (s *Service) FinishChain(ctx context.Context, _ bus.Caller, uuid string) er
 
 // BackupDomain starts a backup with the domain's offering, another, or ad hoc.
 func (s *Service) BackupDomain(ctx context.Context, caller bus.Caller, uuid string, o dbus.BackupOptions) (string, error) {
+	_, r, err := s.askedBackup(ctx, caller, uuid, o)
+	if err != nil {
+		return "", err
+	}
+	return s.start(ctx, r)
+}
+
+// askedBackup is the job of a backup that a caller asks for, and may ask for.
+func (s *Service) askedBackup(ctx context.Context, caller bus.Caller, uuid string, o dbus.BackupOptions) (name string, j job.Request, err error) {
 	d, err := s.lookup(ctx, uuid)
 	if err != nil {
-		return "", failure.Named(err)
+		return "", j, failure.Named(err)
 	}
 	r := backup.Request{Domain: d.UUID, Isolated: o.Isolated, Full: o.Full}
 	named, err := s.backupSettings(ctx, d, o, &r)
 	if err != nil {
-		return "", err
+		return "", j, err
 	}
 	if err := s.mayBackUp(ctx, caller, d.UUID, named); err != nil {
-		return "", failure.Named(err)
+		return "", j, failure.Named(err)
 	}
 	if err := s.Catalog.SeenDomain(ctx, d.UUID, d.Name); err != nil {
-		return "", failure.Named(err)
+		return "", j, failure.Named(err)
 	}
 	if err := s.withinQuota(ctx, caller, d.Name, r); err != nil {
-		return "", err
+		return "", j, err
 	}
-	return s.start(ctx, backup.NewJob(r, caller.UID))
+	j = backup.NewJob(r, caller.UID)
+	if o.Priority != nil {
+		j.Priority = new(int(*o.Priority))
+	}
+	if o.Attempts != nil {
+		j.Attempts = int(*o.Attempts)
+	}
+	return d.Name, j, nil
 }
 
 // backupSettings finds where a backup goes and with which settings, and returns

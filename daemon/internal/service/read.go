@@ -276,7 +276,7 @@ func (s *Service) ListBackups(ctx context.Context, f dbus.BackupFilter, cursor s
 
 // ListJobs returns one page of jobs, newest first.
 func (s *Service) ListJobs(ctx context.Context, f dbus.JobFilter, cursor string, limit int) ([]dbus.JobProperties, string, error) {
-	q := catalog.JobFilter{Unfinished: f.Unfinished}
+	q := catalog.JobFilter{Unfinished: f.Unfinished, Parent: f.Parent}
 	if err := s.resolve(ctx, map[dbus.Kind]nameInto{dbus.KindDomain: {f.Domain, &q.Domain}}); err != nil {
 		return nil, "", err
 	}

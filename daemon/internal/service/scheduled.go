@@ -171,10 +171,6 @@ func (s *Service) startRun(ctx context.Context, all []scheduledBackup, run catal
 	return jobs, err
 }
 
-// scheduledAttempts is how often a backup that nobody waits for is tried, when
-// what it fails of may pass.
-const scheduledAttempts = 3
-
 func (s *Service) startScheduled(ctx context.Context, b scheduledBackup, run catalog.ScheduleRun) (string, error) {
 	if err := s.Catalog.SeenDomain(ctx, b.domain.UUID, b.domain.Name); err != nil {
 		return "", failure.Named(err)
@@ -183,7 +179,7 @@ func (s *Service) startScheduled(ctx context.Context, b scheduledBackup, run cat
 		return "", err
 	}
 	job := backup.NewJob(b.request, run.UID)
-	job.Schedule, job.Attempts = run.Schedule, scheduledAttempts
+	job.Schedule, job.Attempts = run.Schedule, s.settings().Jobs.Attempts
 	if run.Timer {
 		job.Origin = catalog.OriginSchedule
 	}

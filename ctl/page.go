@@ -90,11 +90,11 @@ func (p *page) paint(word string) string {
 	}
 	color := ""
 	switch strings.TrimSpace(word) {
-	case "protected", "complete", "succeeded", "ready", "connected":
+	case "protected", "complete", "succeeded", "ready", "online", "connected":
 		color = "32"
-	case "failing", "failed", "damaged", "missing", "unavailable", "broken", "not connected":
+	case "failing", "failed", "damaged", "missing", "unavailable", "gone", "hung", "broken", "not connected":
 		color = "1;31"
-	case "pending", "cancelling", "cancelled", "deleting", "checking":
+	case "pending", "cancelling", "cancelled", "deleting", "slow", "full", "read-only":
 		color = "33"
 	default:
 		return word

@@ -224,6 +224,7 @@ func repositoryPage(p *page, r dbus.RepositoryProperties) {
 		"Mounted", mounted(r),
 		"State", string(r.State),
 		"Message", r.StateMessage,
+		"Since", moment(r.StateSince),
 		"Free", fmt.Sprintf("%s of %s", size(r.FreeBytes), size(r.TotalBytes)),
 		"Minimum free", size(r.MinimumFree),
 		"Checked", moment(r.Checked),

@@ -27,6 +27,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/export"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/group"
+	"github.com/virtbackup/virtbackup/daemon/internal/health"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
 	"github.com/virtbackup/virtbackup/daemon/internal/journal"
@@ -85,6 +86,7 @@ type app struct {
 	engine     *job.Engine
 	schedules  *schedule.Keeper
 	mounts     *mounts.Keeper
+	health     *health.Watcher
 	service    *service.Service
 	ended      metrics.Counter
 }
@@ -170,6 +172,7 @@ func (a *app) wire() {
 		Catalog: a.catalog, Domains: a.hypervisor, SpoolDirectory: spool.Directory, HookPath: hookProgram, Log: a.log,
 	})
 	a.mounts = a.newMounts()
+	a.health = a.newHealth()
 	errands := errand.Sender{Supervisor: a.workers, Limits: a.limits, KeyFile: a.keyPath(), Storage: a.mounts}
 	overlays := &overlay.Keeper{Hypervisor: a.hypervisor, Catalog: a.catalog, Lifecycle: a.lifecycle, Log: a.log}
 	a.backup = backup.New(backup.Deps{
@@ -236,7 +239,7 @@ func (a *app) serve(ctx context.Context) error {
 		return err
 	}
 	defer a.engine.Stop()
-	for _, f := range []func(context.Context){a.service.Run, a.lifecycle.Run, a.schedules.Run, a.mounts.Run, a.reloadOnHangup, a.textfile().Run} {
+	for _, f := range []func(context.Context){a.service.Run, a.lifecycle.Run, a.schedules.Run, a.mounts.Run, a.health.Run, a.reloadOnHangup, a.textfile().Run} {
 		background.Go(func() { f(ctx) })
 	}
 	if err := a.service.LoadOfferings(ctx); err != nil {
@@ -288,6 +291,10 @@ func (a *app) checkRepositories(ctx context.Context) {
 			return j.Repository == r.ID && j.Kind == string(dbus.OperationCheck)
 		})
 		if queued || ctx.Err() != nil {
+			continue
+		}
+		// A job that hangs would take the place of one that need not.
+		if state := a.health.Look(ctx, r); state == health.Hung || state == health.Gone {
 			continue
 		}
 		id, err := a.service.CheckRepository(ctx, bus.Caller{}, r.ID)

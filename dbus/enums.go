@@ -113,9 +113,13 @@ const (
 	HookActive    HookState = "active"
 
 	RepositoryUnknown     RepositoryState = "unknown"
-	RepositoryChecking    RepositoryState = "checking"
-	RepositoryReady       RepositoryState = "ready"
+	RepositoryOnline      RepositoryState = "online"
+	RepositorySlow        RepositoryState = "slow"
+	RepositoryFull        RepositoryState = "full"
+	RepositoryReadOnly    RepositoryState = "read-only"
 	RepositoryUnavailable RepositoryState = "unavailable"
+	RepositoryGone        RepositoryState = "gone"
+	RepositoryHung        RepositoryState = "hung"
 
 	ProtectionUnassigned Protection = "unassigned"
 	ProtectionPending    Protection = "pending"

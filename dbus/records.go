@@ -40,6 +40,7 @@ type RepositoryProperties struct {
 	Path         string          `dbus:"Path"`
 	State        RepositoryState `dbus:"State"`
 	StateMessage string          `dbus:"StateMessage"`
+	StateSince   time.Time       `dbus:"StateSince"`
 	TotalBytes   uint64          `dbus:"TotalBytes"`
 	FreeBytes    uint64          `dbus:"FreeBytes"`
 	MinimumFree  uint64          `dbus:"MinimumFree"`

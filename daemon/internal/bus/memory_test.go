@@ -31,7 +31,7 @@ type memory struct {
 func newMemory() *memory {
 	m := &memory{objects: make(map[dbus.Ref]dbus.Record), manager: dbus.ManagerProperties{Version: "1.0", Host: "lab", LibvirtConnected: true, HookState: dbus.HookActive, HookLast: time.UnixMicro(1_700_000_000_000_000)}}
 	for _, r := range []dbus.Record{
-		dbus.RepositoryProperties{ID: "R1", Name: "nas", Type: "dir", Path: "/srv/nas", State: dbus.RepositoryReady},
+		dbus.RepositoryProperties{ID: "R1", Name: "nas", Type: "dir", Path: "/srv/nas", State: dbus.RepositoryOnline},
 		dbus.RepositoryProperties{ID: "R2", Name: "tape", Type: "dir", Path: "/srv/tape"},
 		dbus.OfferingProperties{ID: "O1", Name: "daily", Repository: "nas", Mode: dbus.ModeIncremental, Domains: []string{webUUID}},
 		dbus.OfferingProperties{ID: "O2", Name: "weekly", Repository: "tape", Mode: dbus.ModeFull},

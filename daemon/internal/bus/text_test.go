@@ -15,7 +15,7 @@ func TestTextThatIsNone(t *testing.T) {
 	serve(t, address, m, authorize(everybody))
 	c := client(t, address)
 	const name, shown = "caf\xe9\x00", "caf\ufffd\ufffd"
-	m.set(dbus.RepositoryProperties{ID: "R1", Name: "nas", Type: "dir", Path: "/" + name, State: dbus.RepositoryReady})
+	m.set(dbus.RepositoryProperties{ID: "R1", Name: "nas", Type: "dir", Path: "/" + name, State: dbus.RepositoryOnline})
 	m.set(dbus.OfferingProperties{ID: "O1", Name: "daily", Repository: "nas", Domains: []string{name}})
 	all, err := c.Objects(t.Context())
 	if err != nil {

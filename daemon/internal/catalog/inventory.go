@@ -1,6 +1,7 @@
 package catalog
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"encoding/json"
@@ -25,9 +26,11 @@ type Repository struct {
 
 // Finding is what a worker found when it last looked at a repository.
 type Finding struct {
-	Identity    string // as in virtbackup-repository.json; "" until it was seen
-	Problem     string // why it could not be used; "" if it could
-	Total, Free uint64 // bytes
+	Identity    string    // as in virtbackup-repository.json; "" until it was seen
+	State       string    // as of package health
+	Since       time.Time // it has this state; FoundRepository keeps it
+	Problem     string    // why it is not online; "" if it is
+	Total, Free uint64    // bytes
 	Checked     time.Time
 }
 
@@ -47,9 +50,9 @@ func (c *Catalog) CreateRepository(ctx context.Context, r Repository) error {
 		if err != nil {
 			return err
 		}
-		_, err = tx.ExecContext(ctx, "INSERT INTO repositories ("+repositoryColumns+") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+		_, err = tx.ExecContext(ctx, "INSERT INTO repositories ("+repositoryColumns+") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
 			r.ID, r.Name, r.Type, r.Path, r.Address, r.FileSystem, options, r.Credentials,
-			r.MinimumFree, toMicro(r.Created), r.Identity, r.Problem, r.Total, r.Free, toMicro(r.Checked))
+			r.MinimumFree, toMicro(r.Created), r.Identity, cmp.Or(r.State, "unknown"), toMicro(r.Since), r.Problem, r.Total, r.Free, toMicro(r.Checked))
 		return err
 	})
 }
@@ -77,8 +80,9 @@ func listJSON(list []string) (string, error) {
 func (c *Catalog) FoundRepository(ctx context.Context, id string, f Finding) error {
 	return c.write(ctx, "record the state of repository "+id, func(tx *sql.Tx) error {
 		return exactlyOne(tx.ExecContext(ctx, `UPDATE repositories SET
-			identity = iif(identity = '', ?, identity), problem = ?, total = ?, free = ?, checked = ? WHERE id = ?`,
-			f.Identity, f.Problem, f.Total, f.Free, toMicro(f.Checked), id))
+			identity = iif(identity = '', ?1, identity), since = iif(state = ?6, since, ?5), state = ?6, problem = ?2,
+			total = ?3, free = ?4, checked = ?5 WHERE id = ?7`,
+			f.Identity, f.Problem, f.Total, f.Free, toMicro(f.Checked), f.State, id))
 	})
 }
 
@@ -93,12 +97,12 @@ func (c *Catalog) RemoveRepository(ctx context.Context, id string) error {
 	})
 }
 
-const repositoryColumns = "id, name, type, path, address, file_system, options, credentials, minimum_free, created, identity, problem, total, free, checked"
+const repositoryColumns = "id, name, type, path, address, file_system, options, credentials, minimum_free, created, identity, state, since, problem, total, free, checked"
 
 func scanRepository(from row) (r Repository, err error) {
 	var options string
 	err = from.Scan(&r.ID, &r.Name, &r.Type, &r.Path, &r.Address, &r.FileSystem, &options, &r.Credentials, &r.MinimumFree, timestamp{&r.Created},
-		&r.Identity, &r.Problem, &r.Total, &r.Free, timestamp{&r.Checked})
+		&r.Identity, &r.State, timestamp{&r.Since}, &r.Problem, &r.Total, &r.Free, timestamp{&r.Checked})
 	if err == nil {
 		err = json.Unmarshal([]byte(options), &r.Options)
 	}

@@ -114,6 +114,10 @@ type Retention struct {
 type Repositories struct {
 	MountTimeout time.Duration // for mounting storage, and for unmounting it
 	UnmountAfter time.Duration // that nobody has needed it
+	LookEvery    time.Duration // at one that is in use, or was not online
+	LookIdle     time.Duration // at any other
+	HungAfter    time.Duration // that it has not answered
+	SlowAfter    time.Duration // that it takes to write a little
 }
 
 // Setting is one setting as it is in effect.
@@ -142,7 +146,7 @@ func Default() *Config {
 		Restore:      Restore{Destinations: []string{"/var/lib/libvirt/images"}},
 		Metrics:      Metrics{Interval: time.Minute},
 		Retention:    Retention{MostAtOnce: 20},
-		Repositories: Repositories{MountTimeout: 30 * time.Second, UnmountAfter: 5 * time.Minute},
+		Repositories: Repositories{MountTimeout: 30 * time.Second, UnmountAfter: 5 * time.Minute, LookEvery: time.Minute, LookIdle: 10 * time.Minute, HungAfter: 20 * time.Second, SlowAfter: 5 * time.Second},
 	}
 }
 

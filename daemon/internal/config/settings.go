@@ -69,6 +69,10 @@ func (c *Config) settings() []setting {
 
 		duration("repositories.mount_timeout", &s.MountTimeout, time.Second, 10*time.Minute, "How long mounting the storage of a repository may take, and unmounting it."),
 		duration("repositories.unmount_after", &s.UnmountAfter, time.Second, 24*time.Hour, "After how long without use the storage of a repository is unmounted."),
+		duration("repositories.look_every", &s.LookEvery, time.Second, 24*time.Hour, "How often a repository that a job uses, or that was not online, is looked at."),
+		duration("repositories.look_idle", &s.LookIdle, time.Second, 7*24*time.Hour, "How often any other is looked at. Storage that is not mounted is mounted for it."),
+		duration("repositories.hung_after", &s.HungAfter, time.Second, 10*time.Minute, "After how long without an answer the storage of a repository is hung. No job is begun with it then."),
+		duration("repositories.slow_after", &s.SlowAfter, 10*time.Millisecond, 10*time.Minute, "From when on it is slow, when a little is written to it."),
 
 		{"metrics.textfile", &c.Metrics.Textfile, func() error { return checkTextfile(c.Metrics.Textfile) }, "an absolute path that ends in .prom, or \"\" for none", "Where the metrics of \"virtbackupctl metrics\" are written from time to time, for the textfile collector of Prometheus' node_exporter. The daemon cannot write below /usr and /etc."},
 		duration("metrics.interval", &c.Metrics.Interval, time.Second, 24*time.Hour, "How often they are."),

@@ -5,10 +5,12 @@ package errand
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
+	"github.com/virtbackup/virtbackup/daemon/internal/mounts"
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
 	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
@@ -24,10 +26,13 @@ type Sender struct {
 	Storage    Storage               // nil where all repositories are directories
 }
 
+// ErrMount says that a repository's storage cannot be mounted.
+var ErrMount = errors.New("its storage is not there")
+
 // Storage has the storage of repositories mounted.
 type Storage interface {
-	// Ensure returns when the storage is there. It stays as long as the job that
-	// it is for is known to run.
+	// Ensure returns when the storage is there, and mounts.ErrHung when it is known
+	// not to answer. It stays as long as the job that it is for is known to run.
 	Ensure(ctx context.Context, r catalog.Repository) error
 }
 
@@ -40,6 +45,9 @@ func (s Sender) Prepare(ctx context.Context, r catalog.Repository) error {
 	if err := s.Storage.Ensure(ctx, r); err != nil {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
+		}
+		if !errors.Is(err, mounts.ErrHung) {
+			err = fmt.Errorf("%w: %w", ErrMount, err)
 		}
 		return failure.Errorf(dbus.ErrRepositoryUnavailable, "repository %q: %w", r.Name, err)
 	}
@@ -66,7 +74,11 @@ func (s Sender) Started(ctx context.Context, jobID string) (bool, error) {
 // Run has a worker do the whole of spec for a job, tells its progress and names
 // its errors. A worker that a daemon before this one started is taken up.
 func (s Sender) Run(ctx context.Context, h *job.Handle, r catalog.Repository, spec transfer.Spec) (*transfer.Result, error) {
-	if err := s.Prepare(ctx, r); err != nil {
+	started, err := s.Started(ctx, h.Job().ID)
+	if err == nil && !started {
+		err = s.Prepare(ctx, r)
+	}
+	if err != nil {
 		return nil, err
 	}
 	spec.Job = h.Job().ID

@@ -97,7 +97,7 @@ func Worker(ctx context.Context, repository string, err error) error {
 			return cause
 		}
 		return Errorf(dbus.ErrCancelled, "the job's worker was stopped by somebody")
-	case transfer.ClassRepository, transfer.ClassForeign:
+	case transfer.ClassRepository, transfer.ClassGone, transfer.ClassForeign:
 		return Errorf(dbus.ErrRepositoryUnavailable, "repository %q: %w", repository, err)
 	case transfer.ClassFull:
 		return Errorf(dbus.ErrRepositoryFull, "repository %q: %w", repository, err)

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/health"
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 	"github.com/virtbackup/virtbackup/daemon/internal/storage"
 	"github.com/virtbackup/virtbackup/systemd/mountunit"
@@ -101,7 +102,14 @@ func (k *Keeper) set(id string, p *point, mounted, used bool) {
 // Ensure has a repository's storage mounted. Whoever uses it then has to be a job
 // that Busy knows of, or quick.
 func (k *Keeper) Ensure(ctx context.Context, r catalog.Repository) error {
-	_, err := k.ensure(ctx, r, true)
+	now, err := k.Catalog.Repository(ctx, r.ID)
+	if err != nil {
+		return err
+	}
+	if now.State == string(health.Hung) {
+		return fmt.Errorf("%w since %s", ErrHung, now.Since.Local().Format(time.DateTime))
+	}
+	_, err = k.ensure(ctx, r, true)
 	return err
 }
 
@@ -204,6 +212,10 @@ func lastLine(path string) string {
 	}
 	return ""
 }
+
+// ErrHung says that a repository's storage does not answer: nothing is begun with
+// it that would hang as well.
+var ErrHung = errors.New("its storage does not answer")
 
 // ErrBusy says that a job uses the storage.
 var ErrBusy = errors.New("a job uses the storage")

@@ -28,25 +28,9 @@ func (s *Service) repositories(ctx context.Context) ([]dbus.Record, error) {
 	return all, err
 }
 
-// checking tells whether a job is looking at the repository.
-func (s *Service) checking(id string) bool {
-	return slices.ContainsFunc(s.Jobs.Active(), func(j job.Status) bool {
-		return j.Repository == id && j.Kind == string(dbus.OperationCheck)
-	})
-}
-
 func (s *Service) repositoryRecord(r catalog.Repository) dbus.RepositoryProperties {
-	state := dbus.RepositoryReady
-	switch {
-	case s.checking(r.ID):
-		state = dbus.RepositoryChecking
-	case r.Checked.IsZero():
-		state = dbus.RepositoryUnknown
-	case r.Problem != "":
-		state = dbus.RepositoryUnavailable
-	}
 	return dbus.RepositoryProperties{
-		ID: r.ID, Name: r.Name, Type: r.Type, Path: r.Path, State: state, StateMessage: r.Problem,
+		ID: r.ID, Name: r.Name, Type: r.Type, Path: r.Path, State: dbus.RepositoryState(r.State), StateMessage: r.Problem, StateSince: r.Since,
 		TotalBytes: r.Total, FreeBytes: r.Free, MinimumFree: r.MinimumFree, Checked: r.Checked, Created: r.Created,
 		Address: r.Address, FileSystem: r.FileSystem, MountOptions: r.Options, HasCredentials: r.Credentials, Mounted: s.Storage != nil && s.Storage.Mounted(r.ID),
 	}

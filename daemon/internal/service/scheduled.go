@@ -11,6 +11,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/bus"
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
+	"github.com/virtbackup/virtbackup/daemon/internal/health"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/schedule"
 )
@@ -142,15 +143,26 @@ const recheckAfter = 20 * time.Second
 // looked at is looked at again, so that a run that waits can begin.
 func (s *Service) reachable(ctx context.Context, id string) error {
 	r, err := s.Catalog.Repository(ctx, id)
-	if err != nil || r.Problem == "" {
+	if err != nil || !away(r) {
 		return err
 	}
-	if !s.checking(id) && time.Since(r.Checked) > recheckAfter {
+	// One that is hung is looked at by nobody but who watches it.
+	if r.State != string(health.Hung) && !s.repositoryInUse(id) && time.Since(r.Checked) > recheckAfter {
 		if _, err := s.CheckRepository(ctx, bus.Caller{}, id); err != nil {
 			s.Log.Warn("cannot have a repository looked at again", "repository", r.Name, "error", err)
 		}
 	}
 	return inTheWay(true, "repository %q is away: %s", r.Name, r.Problem)
+}
+
+// away tells whether a repository cannot be backed up to. One that is full may
+// yet have room for something small.
+func away(r catalog.Repository) bool {
+	switch health.State(r.State) {
+	case health.Hung, health.Gone, health.Unavailable, health.ReadOnly:
+		return true
+	}
+	return false
 }
 
 // startRun starts the jobs of a run, each for itself: one that cannot be

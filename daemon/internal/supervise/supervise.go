@@ -11,6 +11,7 @@
 package supervise
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -59,6 +60,8 @@ type Options struct {
 	// Rates are those that all workers share, as configured now; nil for no bounds.
 	Rates func() share.Rates
 	Log   *slog.Logger
+	// Prefix begins the names of units; "" for that of jobs.
+	Prefix string
 }
 
 // Supervisor looks after the workers of this host. It is safe for concurrent use; one caller at a time per job.
@@ -71,6 +74,7 @@ type Supervisor struct {
 
 // New makes a Supervisor.
 func New(units *jobunit.Manager, o Options) *Supervisor {
+	o.Prefix = cmp.Or(o.Prefix, unitPrefix)
 	return &Supervisor{units: units, Options: o}
 }
 
@@ -95,7 +99,7 @@ func (s *Supervisor) worker(id string) (*Worker, error) {
 	if _, err := ulid.ParseStrict(id); err != nil {
 		return nil, fmt.Errorf("%q is not the id of a job: %w", id, err)
 	}
-	return &Worker{s, id, UnitName(id), filepath.Join(s.Directory, id)}, nil
+	return &Worker{s, id, s.Prefix + id + unitSuffix, filepath.Join(s.Directory, id)}, nil
 }
 
 // Start starts the worker of spec.Job and returns when it runs. When there is one already, running or ended, it is
@@ -297,12 +301,12 @@ func (s *Supervisor) Leftovers(ctx context.Context) ([]Leftover, error) {
 			found[e.Name()] = Leftover{Job: e.Name(), Directory: true}
 		}
 	}
-	states, err := s.units.List(ctx, unitPrefix+"*"+unitSuffix)
+	states, err := s.units.List(ctx, s.Prefix+"*"+unitSuffix)
 	if err != nil {
 		return nil, err
 	}
 	for _, state := range states {
-		id := strings.TrimSuffix(strings.TrimPrefix(state.Name, unitPrefix), unitSuffix)
+		id := strings.TrimSuffix(strings.TrimPrefix(state.Name, s.Prefix), unitSuffix)
 		if _, err := s.worker(id); err == nil {
 			found[id] = Leftover{Job: id, State: state, Directory: found[id].Directory}
 		}

@@ -67,6 +67,7 @@ type Spec struct {
 	Backups    []string       `json:"backups,omitempty"` // of verify, delete, discard
 	Live       []string       `json:"live,omitempty"`    // of init and probe: ids of jobs that live, and of their backups
 	Collect    bool           `json:"collect,omitempty"` // of init and probe: whether to remove what is of none of them
+	Try        bool           `json:"try,omitempty"`     // of init and probe: whether to try to write
 	Backup     *BackupSpec    `json:"backup,omitempty"`
 	Restore    *RestoreSpec   `json:"restore,omitempty"`
 	Merge      *MergeSpec     `json:"merge,omitempty"`
@@ -240,6 +241,8 @@ type RepositoryState struct {
 	Free     uint64        `json:"free"`  // bytes
 	Total    uint64        `json:"total"` // bytes
 	ReadOnly bool          `json:"read_only"`
+	NoSpace  bool          `json:"no_space,omitempty"`  // nothing could be written; only with Spec.Try
+	Took     int64         `json:"took_usec,omitempty"` // µs to look, and to write a little
 }
 
 // BackupState is the verdict on one backup.
@@ -257,6 +260,7 @@ type Class string
 const (
 	ClassCancelled    Class = "cancelled"
 	ClassRepository   Class = "repository"      // missing, not one, read-only, I/O error
+	ClassGone         Class = "gone"            // the repository's storage is not there
 	ClassFull         Class = "repository-full" // also: less would stay free than must
 	ClassSource       Class = "source"          // the NBD export, or a file of the host
 	ClassParent       Class = "parent"          // the parent backup is missing or damaged: make a full one

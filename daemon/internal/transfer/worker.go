@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 )
@@ -118,6 +119,7 @@ func (w *worker) init(ctx context.Context) error {
 
 // probe says what repository is there, and clears up after dead jobs if asked.
 func (w *worker) probe(ctx context.Context) error {
+	began := time.Now()
 	r, err := w.open()
 	if err != nil {
 		return err
@@ -127,6 +129,12 @@ func (w *worker) probe(ctx context.Context) error {
 	if state.ReadOnly, err = r.ReadOnly(); err != nil {
 		return inRepository(err)
 	}
+	if w.spec.Try && !state.ReadOnly {
+		if err := try(r, state); err != nil {
+			return err
+		}
+	}
+	state.Took = time.Since(began).Microseconds()
 	if w.spec.Collect && !state.ReadOnly {
 		if err := w.collect(ctx, r); err != nil {
 			return err
@@ -136,6 +144,21 @@ func (w *worker) probe(ctx context.Context) error {
 		return inRepository(err)
 	}
 	w.result.Repository = state
+	return nil
+}
+
+// try finds out whether the repository can be written. That it cannot is what it
+// is like, and no failure.
+func try(r *repository.Repository, state *RepositoryState) error {
+	err := r.Try()
+	switch {
+	case errors.Is(err, repository.ErrReadOnly):
+		state.ReadOnly = true
+	case errors.Is(err, repository.ErrNoSpace):
+		state.NoSpace = true
+	default:
+		return inRepository(err)
+	}
 	return nil
 }
 

@@ -10,7 +10,9 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/errand"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
+	"github.com/virtbackup/virtbackup/daemon/internal/health"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
+	"github.com/virtbackup/virtbackup/daemon/internal/mounts"
 	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
 	"github.com/virtbackup/virtbackup/dbus"
 )
@@ -46,7 +48,7 @@ func (k Check) Run(ctx context.Context, h *job.Handle) error {
 	if err != nil {
 		return err
 	}
-	result, err := k.Errand.Run(ctx, h, repo, transfer.Spec{Operation: operation, Collect: true, Live: live})
+	result, err := k.Errand.Run(ctx, h, repo, transfer.Spec{Operation: operation, Collect: true, Live: live, Try: true})
 	if errors.Is(err, job.ErrDetach) {
 		return err
 	}
@@ -71,24 +73,30 @@ func (k Check) live(ctx context.Context, repository string) ([]string, error) {
 }
 
 func (k Check) record(ctx context.Context, repo catalog.Repository, result *transfer.Result, problem error) error {
-	found := catalog.Finding{Total: repo.Total, Free: repo.Free, Checked: time.Now()}
+	if errors.Is(problem, mounts.ErrHung) {
+		return nil // which is known
+	}
+	found := catalog.Finding{Identity: repo.Identity, Total: repo.Total, Free: repo.Free, Checked: time.Now()}
+	look := health.Look{MinimumFree: repo.MinimumFree}
+	failed := new(transfer.Failure)
 	switch {
 	case problem != nil:
-		found.Problem = problem.Error()
+		look.Problem = problem.Error()
+		look.Gone = errors.Is(problem, errand.ErrMount) || errors.As(problem, &failed) && failed.Class == transfer.ClassGone
 	case result.Repository == nil:
 		return fmt.Errorf("the worker said nothing of repository %q", repo.Name)
 	default:
-		found.Identity = string(result.Repository.ID)
-		found.Total, found.Free = result.Repository.Total, result.Repository.Free
-		if result.Repository.ReadOnly {
-			found.Problem = "the file system is read-only"
-		}
+		r := result.Repository
+		found.Identity, found.Total, found.Free = string(r.ID), r.Total, r.Free
+		look.ReadOnly, look.NoSpace, look.Free = r.ReadOnly, r.NoSpace, r.Free
 	}
+	state, words := health.Judge(look)
+	found.State, found.Problem = string(state), words
 	if err := k.Catalog.FoundRepository(ctx, repo.ID, found); err != nil {
 		return err
 	}
-	if problem == nil && found.Problem != "" {
-		return failure.Errorf(dbus.ErrRepositoryUnavailable, "repository %q: %s: make it writable, then check it again", repo.Name, found.Problem)
+	if problem == nil && state == health.ReadOnly {
+		return failure.Errorf(dbus.ErrRepositoryUnavailable, "repository %q: %s: make it writable, then check it again", repo.Name, words)
 	}
 	return nil
 }

@@ -108,6 +108,8 @@ ALTER TABLE repositories ADD COLUMN address TEXT NOT NULL DEFAULT ''; -- of what
 ALTER TABLE repositories ADD COLUMN file_system TEXT NOT NULL DEFAULT ''; -- of type mount
 ALTER TABLE repositories ADD COLUMN options TEXT NOT NULL DEFAULT '[]'; -- JSON list: of the mount
 ALTER TABLE repositories ADD COLUMN credentials INTEGER NOT NULL DEFAULT 0; -- there is a file with some
+ALTER TABLE repositories ADD COLUMN state TEXT NOT NULL DEFAULT 'unknown'; -- as of package health
+ALTER TABLE repositories ADD COLUMN since INTEGER NOT NULL DEFAULT 0; -- it has this state
 CREATE UNIQUE INDEX repositories_address ON repositories (type, address, file_system, options) WHERE address <> '';
 
 

@@ -146,13 +146,15 @@ func (w *Watcher) tell(ctx context.Context, r catalog.Repository, state State, p
 	w.Log.Log(ctx, level, fmt.Sprintf("repository %q is %s", r.Name, state), "repository", r.Name, "before", r.State, "problem", problem)
 }
 
+const stillHung = "its storage still does not answer"
+
 // look has a probe look. What could not be found out stays as it was.
 func (w *Watcher) look(ctx context.Context, r catalog.Repository) (Look, catalog.Finding) {
 	found := catalog.Finding{Identity: r.Identity, Total: r.Total, Free: r.Free}
 	look := Look{MinimumFree: r.MinimumFree, Slow: w.Settings().Slow}
 	// The last probe may be there still, hanging in the kernel.
 	if err := w.Probes.Forget(ctx, r.ID); err != nil {
-		look.Hung, look.Problem = true, "its storage still does not answer"
+		look.Hung, look.Problem = true, stillHung
 		return look, found
 	}
 	if _, err := w.Storage.Visit(ctx, r); err != nil {
@@ -164,10 +166,12 @@ func (w *Watcher) look(ctx context.Context, r catalog.Repository) (Look, catalog
 	limited, cancel := context.WithTimeoutCause(ctx, limit, late)
 	defer cancel()
 	result, err := w.Probes.Run(limited, w.spec(r), w.Limits(), func(transfer.Status) {})
-	failed := new(transfer.Failure)
+	failed, killed := new(transfer.Failure), new(supervise.KilledError)
 	switch {
 	case limited.Err() != nil:
 		look.Hung, look.Problem = true, late.Error()
+	case errors.As(err, &killed) && killed.Hung(): // one of before, that could not be forgotten
+		look.Hung, look.Problem = true, stillHung
 	case errors.As(err, &failed):
 		look.Gone, look.Problem = failed.Class == transfer.ClassGone, failed.Message
 	case err != nil:

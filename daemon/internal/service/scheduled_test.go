@@ -32,7 +32,7 @@ func TestWhatAScheduleBacksUp(t *testing.T) {
 	s.Domains = libvirt{"d1": {UUID: "d1", Name: "web"}, "d3": {UUID: "d3", Name: "free"}}
 	withRepositories(t, s, "nas", "tape", "away")
 	ctx := t.Context()
-	if err := s.Catalog.FoundRepository(ctx, "ID-away", catalog.Finding{Problem: "no such directory", Checked: time.Now()}); err != nil {
+	if err := s.Catalog.FoundRepository(ctx, "ID-away", catalog.Finding{State: "gone", Problem: "no such directory", Checked: time.Now()}); err != nil {
 		t.Fatal(err)
 	}
 	gold := makeOffering(t, s, "gold", "nas", dbus.Settings{ChainSize: new(uint32(3)), Quiesce: new(dbus.QuiesceAgent)})

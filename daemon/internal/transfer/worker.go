@@ -13,6 +13,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 )
 
@@ -119,6 +121,17 @@ func (w *worker) init(ctx context.Context) error {
 
 // probe says what repository is there, and clears up after dead jobs if asked.
 func (w *worker) probe(ctx context.Context) error {
+	err := w.lookAt(ctx)
+	// Of one backup these may be the fault of its files alone.
+	for _, gone := range []error{unix.ESTALE, unix.ENOTCONN, unix.EHOSTDOWN, unix.ETIMEDOUT} {
+		if errors.Is(err, gone) {
+			return &classed{ClassGone, err}
+		}
+	}
+	return err
+}
+
+func (w *worker) lookAt(ctx context.Context) error {
 	began := time.Now()
 	r, err := w.open()
 	if err != nil {

@@ -180,7 +180,7 @@ func (f BackupFilter) query(p Page) (string, []any) {
 	q.window(f.Since, f.Until)
 	if !f.Until.IsZero() {
 		// What is newer need not be looked at, one by one, to find that it is.
-		q.add("id <= (SELECT max(id) FROM backups WHERE created < ?)", toMicro(f.Until))
+		q.add("id <= (SELECT max(id) FROM backups INDEXED BY backups_created WHERE created < ?)", toMicro(f.Until))
 	}
 	q.after(p)
 	return "SELECT " + backupColumns + " FROM backups" + q.where() + " ORDER BY id DESC LIMIT ?", append(q.args, p.limit())

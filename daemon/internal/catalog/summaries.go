@@ -18,13 +18,14 @@ type Summary struct {
 }
 
 // Each part is one look into an index: there may be a thousand domains, and a
-// hundred backups of each.
+// hundred backups of each. Which one is said, as SQLite would take others that
+// have the ids in their order.
 const summaryQuery = "SELECT d.uuid, d.name, coalesce(d.offering, ''), d.overrides," + `
 	coalesce(b.id, ''), coalesce(b.created, 0), coalesce(j.state, ''), coalesce(j.error_message, ''), coalesce(c.id, ''),
 	(SELECT count(*) FROM backups WHERE chain = c.id AND state <> 'running')
 	FROM domains AS d LEFT JOIN offerings AS o ON o.name = d.offering
-	LEFT JOIN backups AS b ON b.id = (SELECT max(id) FROM backups WHERE domain = d.uuid AND state = 'complete')
-	LEFT JOIN jobs AS j ON j.id = (SELECT max(id) FROM jobs WHERE domain = d.uuid AND kind = 'backup' AND state IN ('succeeded', 'failed'))
+	LEFT JOIN backups AS b ON b.id = (SELECT max(id) FROM backups INDEXED BY backups_complete WHERE domain = d.uuid AND state = 'complete')
+	LEFT JOIN jobs AS j ON j.id = (SELECT max(id) FROM jobs INDEXED BY jobs_backed_up WHERE domain = d.uuid AND kind = 'backup' AND state IN ('succeeded', 'failed'))
 	LEFT JOIN chains AS c ON c.domain = d.uuid AND c.repository = o.repository AND c.state = 'open'`
 
 func scanSummary(from row) (s Summary, err error) {

@@ -261,6 +261,15 @@ func (a *app) serve(ctx context.Context) error {
 // announce has the ends of jobs told outside, until the engine stops.
 func (a *app) announce(ctx context.Context) {
 	told := &announce.Announcer{Catalog: a.catalog, Units: failedunit.Units{}, Log: a.log}
+	left, err := told.Untold(ctx)
+	if err != nil {
+		a.log.Warn("cannot tell how jobs ended", "error", err)
+	}
+	go func() { // the start does not wait for systemd
+		for _, st := range left {
+			told.Ended(ctx, st)
+		}
+	}()
 	a.engine.Subscribe(func(st job.Status) {
 		if st.State.Ended() {
 			a.ended.Count(st.Kind, string(st.State), st.Finished.Sub(cmp.Or(st.Started, st.Finished)))

@@ -2,11 +2,13 @@
 // messages that programs can wait for, and systemd, by a unit that fails with
 // each backup that failed.
 //
-// Whether anybody listens changes nothing for the jobs.
+// Whether anybody listens changes nothing for the jobs. What a daemon that died
+// could not tell, the next one tells: in doubt an end is told twice.
 package announce
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"time"
 
@@ -29,6 +31,8 @@ type Catalog interface {
 	Job(ctx context.Context, id string) (catalog.Job, error)
 	Domain(ctx context.Context, uuid string) (catalog.Domain, error)
 	Repository(ctx context.Context, id string) (catalog.Repository, error)
+	UntoldJobs(ctx context.Context) ([]catalog.Job, error)
+	ToldJob(ctx context.Context, id string) error
 }
 
 // Announcer tells of jobs.
@@ -41,12 +45,30 @@ type Announcer struct {
 // patience is how long systemd may take. A job that ends meanwhile is told later.
 const patience = 10 * time.Second
 
+// Untold returns the jobs that ended when nobody was there to tell it.
+func (a *Announcer) Untold(ctx context.Context) (all []job.Status, err error) {
+	jobs, err := a.Catalog.UntoldJobs(ctx)
+	for _, j := range jobs {
+		all = append(all, job.Status{Job: j})
+	}
+	return all, err
+}
+
 // Ended tells that a job has ended. It is meant for job.Engine.Subscribe.
 func (a *Announcer) Ended(ctx context.Context, st job.Status) {
 	// What is known should not be lost to a shutdown.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
 	defer cancel()
 	a.tell(ctx, st)
+	a.raise(ctx, st)
+	// One that is forgotten meanwhile need not be told again either.
+	if err := a.Catalog.ToldJob(context.WithoutCancel(ctx), st.ID); err != nil && !errors.Is(err, catalog.ErrNotFound) {
+		a.Log.Warn("cannot record that a job was told of", journal.Job, st.ID, journal.Error, err)
+	}
+}
+
+// raise has systemd know of a backup that failed, and of one that did not.
+func (a *Announcer) raise(ctx context.Context, st job.Status) {
 	if st.Kind != backup.KindName || st.State == catalog.JobCancelled {
 		return
 	}

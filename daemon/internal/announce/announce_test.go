@@ -55,6 +55,18 @@ func (known) Repository(_ context.Context, id string) (catalog.Repository, error
 	return catalog.Repository{ID: id, Name: "nas"}, nil
 }
 
+func (k known) UntoldJobs(context.Context) ([]catalog.Job, error) {
+	return []catalog.Job{ended("7", "backup", "a", catalog.JobFailed).Job}, nil
+}
+
+func (k known) ToldJob(_ context.Context, id string) error {
+	if _, ok := k[id]; !ok {
+		return catalog.ErrNotFound
+	}
+	k["told "+id] = "yes"
+	return nil
+}
+
 func ended(id, kind, domain string, state catalog.JobState) job.Status {
 	st := job.Status{Job: catalog.Job{ID: id, Kind: kind, Domain: domain, State: state, Repository: "R"}}
 	if state == catalog.JobFailed {
@@ -98,6 +110,18 @@ func TestJournalIsToldAlsoWhenSystemdRefuses(t *testing.T) {
 		if !strings.Contains(log.String(), want) {
 			t.Errorf("%s is not in %s", want, log.String())
 		}
+	}
+}
+
+func TestWhatADeadDaemonDidNotTellIsTold(t *testing.T) {
+	u, k := &units{}, known{"7": "a"}
+	a := &Announcer{Catalog: k, Units: u, Log: slog.New(slog.DiscardHandler)}
+	left, err := a.Untold(t.Context())
+	if err != nil || len(left) != 1 {
+		t.Fatal(left, err)
+	}
+	if a.Ended(t.Context(), left[0]); k["told 7"] != "yes" || !slices.Equal(u.raised, []string{"7"}) {
+		t.Error(k, u.raised)
 	}
 }
 

@@ -239,6 +239,22 @@ func (c *Catalog) ListJobs(ctx context.Context, f JobFilter, p Page) (list []Job
 	return list, err
 }
 
+// UntoldJobs returns the jobs whose end was not told outside yet, oldest first.
+func (c *Catalog) UntoldJobs(ctx context.Context) (list []Job, err error) {
+	err = c.read(ctx, "list jobs that are to be told of", func(tx *sql.Tx) (err error) {
+		list, err = collect(ctx, tx, scanJob, "SELECT "+jobColumns+" FROM jobs WHERE told = 0 AND finished <> 0 ORDER BY id")
+		return err
+	})
+	return list, err
+}
+
+// ToldJob records that a job's end was told outside.
+func (c *Catalog) ToldJob(ctx context.Context, id string) error {
+	return c.write(ctx, "record that job "+id+" was told of", func(tx *sql.Tx) error {
+		return exactlyOne(tx.ExecContext(ctx, "UPDATE jobs SET told = 1 WHERE id = ?", id))
+	})
+}
+
 // UnfinishedJobs returns the jobs that have not ended, oldest first.
 func (c *Catalog) UnfinishedJobs(ctx context.Context) (list []Job, err error) {
 	err = c.read(ctx, "list unfinished jobs", func(tx *sql.Tx) (err error) {

@@ -2,6 +2,7 @@ package catalog
 
 import (
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 
@@ -116,6 +117,32 @@ func TestQuotasForbidBackups(t *testing.T) {
 	if err := c.CheckQuota(t.Context(), next); err == nil || err.Error() != want {
 		t.Error(err)
 	}
+}
+
+func TestEndsAreToldOnce(t *testing.T) {
+	c := openNew(t)
+	fixture(t, c) // with a job that runs
+	ids := func() (ids []string) {
+		t.Helper()
+		list, err := c.UntoldJobs(t.Context())
+		must(t, err)
+		for _, j := range list {
+			ids = append(ids, j.ID)
+		}
+		return ids
+	}
+	for _, id := range []string{"k2", "k1"} {
+		must(t, c.CreateJob(t.Context(), Job{ID: id, Kind: "check", Created: epoch}))
+		must(t, c.EndJob(t.Context(), id, JobEnd{State: JobFailed, Finished: epoch}))
+	}
+	if got := ids(); !slices.Equal(got, []string{"k1", "k2"}) {
+		t.Error(got)
+	}
+	must(t, c.ToldJob(t.Context(), "k1"))
+	if got := ids(); !slices.Equal(got, []string{"k2"}) {
+		t.Error(got)
+	}
+	mustBe(t, ErrNotFound, c.ToldJob(t.Context(), "k3"))
 }
 
 // BenchmarkUsage is of 1,000 domains and 100,000 backups.

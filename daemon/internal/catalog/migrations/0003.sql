@@ -100,6 +100,10 @@ UPDATE backups SET uid = coalesce((SELECT uid FROM jobs WHERE jobs.id = backups.
 -- All that usage is made of: the rows themselves hold manifests, and are too large to be read for that.
 CREATE INDEX backups_usage ON backups (domain, repository, state, id, offering, uid, chain, created, size, stored_bytes);
 
+ALTER TABLE jobs ADD COLUMN told INTEGER NOT NULL DEFAULT 0; -- its end was told outside
+UPDATE jobs SET told = 1 WHERE finished <> 0;
+CREATE INDEX jobs_untold ON jobs (id) WHERE told = 0 AND finished <> 0;
+
 
 -- == repositories
 

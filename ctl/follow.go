@@ -34,6 +34,19 @@ func (a *app) finishOne(ctx context.Context, c *dbus.Client, id string) error {
 	return errors.Join(a.jsonJobs(jobs, false), err)
 }
 
+// finishAndTell follows a job to its end as finishOne does, and prints what its log says.
+func (a *app) finishAndTell(ctx context.Context, c *dbus.Client, id string) error {
+	err := a.finishOne(ctx, c, id)
+	if a.noBlock || a.json != jsonOff {
+		return err
+	}
+	messages, failed := c.JobLog(ctx, id, 0)
+	for _, m := range messages {
+		a.say("%s", m.Message)
+	}
+	return errors.Join(err, failed)
+}
+
 // jsonJobs prints jobs as the result of a verb: a list, or the one.
 func (a *app) jsonJobs(jobs []dbus.JobProperties, list bool) error {
 	switch {

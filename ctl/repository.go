@@ -26,13 +26,25 @@ func (a *app) repositoryCommand() *cobra.Command {
 	show := a.repositoryVerb("show", "Show a repository", func(ctx context.Context, c *dbus.Client, r dbus.RepositoryProperties) error {
 		return a.show(r, func(p *page) { repositoryPage(p, r) })
 	})
-	check := a.repositoryVerb("check", "Look at a repository again, and show it", func(ctx context.Context, c *dbus.Client, r dbus.RepositoryProperties) error {
-		job, err := c.CheckRepository(ctx, r.ID)
+	var depth dbus.CheckRepositoryOptions
+	check := a.repositoryVerb("check", "Look at a repository again, or at all backups in it", func(ctx context.Context, c *dbus.Client, r dbus.RepositoryProperties) error {
+		job, err := c.CheckRepository(ctx, r.ID, depth)
 		if err != nil {
 			return err
 		}
-		return a.finishOne(ctx, c, job)
+		return a.finishAndTell(ctx, c, job)
 	})
+	addChoice(check, &depth.Depth, "depth", "what is looked at")
+	var what dbus.ScanRepositoryOptions
+	scan := a.repositoryVerb("scan", "Have the catalog know all backups in a repository", func(ctx context.Context, c *dbus.Client, r dbus.RepositoryProperties) error {
+		job, err := c.ScanRepository(ctx, r.ID, what)
+		if err != nil {
+			return err
+		}
+		return a.finishAndTell(ctx, c, job)
+	})
+	scan.Flags().BoolVar(&what.ImportForeign, "import-foreign", false, "take backups of other hosts, too: whoever can write there can have forged them")
+	scan.Flags().BoolVar(&what.DryRun, "dry-run", false, "only tell what would be taken")
 	var forget dbus.RemoveRepositoryOptions
 	remove := a.repositoryVerb("remove", "Forget a repository; its files stay", func(ctx context.Context, c *dbus.Client, r dbus.RepositoryProperties) error {
 		if err := c.RemoveRepository(ctx, r.ID, forget); err != nil {
@@ -42,7 +54,7 @@ func (a *app) repositoryCommand() *cobra.Command {
 		return a.jsonRecord(r, nil)
 	})
 	remove.Flags().BoolVar(&forget.ForgetBackups, "forget-backups", false, "forget its backups too; \"repository scan\" finds them again")
-	return group("repository", "Manage repositories", a.repositoryAddCommand(), a.repositoryUpdateCommand(), list, show, check, remove)
+	return group("repository", "Manage repositories", a.repositoryAddCommand(), a.repositoryUpdateCommand(), list, show, check, scan, remove)
 }
 
 // repositoryVerb makes a verb that takes a repository.

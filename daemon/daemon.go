@@ -39,6 +39,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/removal"
 	"github.com/virtbackup/virtbackup/daemon/internal/restore"
 	"github.com/virtbackup/virtbackup/daemon/internal/retention"
+	"github.com/virtbackup/virtbackup/daemon/internal/scan"
 	"github.com/virtbackup/virtbackup/daemon/internal/schedule"
 	"github.com/virtbackup/virtbackup/daemon/internal/service"
 	"github.com/virtbackup/virtbackup/daemon/internal/share"
@@ -173,7 +174,7 @@ func (a *app) wire() {
 	})
 	a.mounts = a.newMounts()
 	a.health = a.newHealth()
-	errands := errand.Sender{Supervisor: a.workers, Limits: a.limits, KeyFile: a.keyPath(), Storage: a.mounts}
+	errands := errand.Sender{Supervisor: a.workers, Limits: a.limits, KeyFile: a.keyPath(), Pins: a.catalog.Pins, Storage: a.mounts}
 	overlays := &overlay.Keeper{Hypervisor: a.hypervisor, Catalog: a.catalog, Lifecycle: a.lifecycle, Log: a.log}
 	a.backup = backup.New(backup.Deps{
 		Overlays: overlays,
@@ -195,6 +196,8 @@ func (a *app) wire() {
 		string(dbus.OperationVerify):         verification.Verify{Catalog: a.catalog, Errand: errands},
 		string(dbus.OperationCheck):          verification.Check{Catalog: a.catalog, Errand: errands, Forget: a.mounts.Forget},
 		string(dbus.OperationDelete):         removal.Delete{Catalog: a.catalog, Errand: errands},
+		string(dbus.OperationScan):           scan.Scan{Catalog: a.catalog, Errand: errands},
+		string(dbus.OperationInspect):        scan.Inspect{Catalog: a.catalog, Errand: errands},
 		string(dbus.OperationPrune): retention.Prune{Catalog: a.catalog, Errand: errands,
 			Policy: func(ctx context.Context, domain string) (chain.Retention, error) {
 				return a.service.EffectiveRetention(ctx, domain)
@@ -306,7 +309,7 @@ func (a *app) checkRepositories(ctx context.Context) {
 		if state := a.health.Look(ctx, r); state == health.Hung || state == health.Gone {
 			continue
 		}
-		id, err := a.service.CheckRepository(ctx, bus.Caller{}, r.ID)
+		id, err := a.service.CheckRepository(ctx, bus.Caller{}, r.ID, dbus.CheckRepositoryOptions{})
 		if err != nil {
 			a.log.Warn("cannot check a repository", "repository", r.Name, "error", err)
 			continue

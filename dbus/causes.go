@@ -35,6 +35,7 @@ func causes() []cause {
 		{"bitmap-broken", "the bitmap that notes what changes is gone, in use or inconsistent"},
 		{"internal-snapshot", "the domain has internal snapshots, and with a bitmap it could not revert to them"},
 		{"overlay-missing", "the overlay that the last backup made is not the disk's top layer"},
+		{"imported", "it was found in the repository, and nothing else is known of it"},
 		{"merged", "what it built on went, and was merged into it"},
 		{"overlay-unsupported", "no overlay is put on the disks of a domain that is transient, has snapshots, or has a disk that is no file"},
 	}

@@ -117,8 +117,13 @@ func (c *Client) NotifyHook(ctx context.Context) error {
 }
 
 // CheckRepository looks at a repository again.
-func (c *Client) CheckRepository(ctx context.Context, id string) (job string, err error) {
-	return c.job(ctx, Ref{KindRepository, id}, "Check", EncodeOptions(NoOptions{}))
+func (c *Client) CheckRepository(ctx context.Context, id string, o CheckRepositoryOptions) (job string, err error) {
+	return c.job(ctx, Ref{KindRepository, id}, "Check", EncodeOptions(o))
+}
+
+// ScanRepository has the catalog know all backups that are in a repository.
+func (c *Client) ScanRepository(ctx context.Context, id string, o ScanRepositoryOptions) (job string, err error) {
+	return c.job(ctx, Ref{KindRepository, id}, "Scan", EncodeOptions(o))
 }
 
 // UpdateRepository changes a repository.

@@ -168,9 +168,25 @@ const (
 	OperationVerify         Operation = "verify"
 	OperationDelete         Operation = "delete"
 	OperationPrune          Operation = "prune"
+	OperationScan           Operation = "scan"
+	OperationInspect        Operation = "inspect"
 	OperationCheck          Operation = "check"
 	OperationGroup          Operation = "group"
 )
+
+// Depth is what a check of a repository looks at.
+type Depth string
+
+// The values of Depth.
+const (
+	DepthProbe     Depth = "probe"
+	DepthManifests Depth = "manifests"
+	DepthHeaders   Depth = "headers"
+	DepthDigests   Depth = "digests"
+)
+
+// Values returns what a Depth can be.
+func (Depth) Values() []string { return []string{"probe", "manifests", "headers", "digests"} }
 
 // PruneAction is what becomes of a backup that retention looks at.
 type PruneAction string
@@ -240,5 +256,5 @@ func (Overlap) Values() []string { return []string{"skip", "queue"} }
 
 // Values returns what an Operation can be.
 func (Operation) Values() []string {
-	return []string{"backup", "restore", "restore-in-place", "verify", "delete", "prune", "check", "group"}
+	return []string{"backup", "restore", "restore-in-place", "verify", "delete", "prune", "check", "scan", "inspect", "group"}
 }

@@ -174,6 +174,18 @@ type QuotaOptions struct {
 	Chains  *uint32 `dbus:"chains"`
 }
 
+// CheckRepositoryOptions are those of Repository.Check.
+type CheckRepositoryOptions struct {
+	// Depth is DepthProbe when it is nil.
+	Depth *Depth `dbus:"depth"`
+}
+
+// ScanRepositoryOptions are those of Repository.Scan.
+type ScanRepositoryOptions struct {
+	ImportForeign bool `dbus:"import_foreign"`
+	DryRun        bool `dbus:"dry_run"`
+}
+
 // PruneOptions are those of Domain.Prune.
 type PruneOptions struct {
 	// Repository is a name or id; empty for all.

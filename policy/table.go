@@ -86,6 +86,7 @@ func ofManager() map[string]Action {
 func ofObjects() map[string]Action {
 	return map[string]Action{
 		"org.virtbackup1.Repository.Check":  ActionManageRepositories,
+		"org.virtbackup1.Repository.Scan":   ActionManageRepositories,
 		"org.virtbackup1.Repository.Update": ActionManageRepositories,
 		"org.virtbackup1.Repository.Remove": ActionManageRepositories,
 

@@ -122,11 +122,11 @@ func TestInputRepositoryChanges(t *testing.T) {
 			err = h.outcome(h.RestoreBackup(t.Context(), b.ID, "input-changes-2", dbus.RestoreOptions{}))
 			refuses(t, c.what+", restore", err, dbus.ErrRepositoryUnavailable, append(c.words, h.offering)...)
 		}
-		err = h.outcome(h.CheckRepository(t.Context(), h.repository))
+		err = h.outcome(h.CheckRepository(t.Context(), h.repository, dbus.CheckRepositoryOptions{}))
 		refuses(t, c.what+", check", err, dbus.ErrRepositoryUnavailable, append(c.words, h.offering)...)
 		c.undo()
 	}
-	if err := h.outcome(h.CheckRepository(t.Context(), h.repository)); err != nil {
+	if err := h.outcome(h.CheckRepository(t.Context(), h.repository, dbus.CheckRepositoryOptions{})); err != nil {
 		t.Errorf("as it was: %v", err)
 	}
 	want := g.snapshot()

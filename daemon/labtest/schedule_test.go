@@ -162,7 +162,7 @@ func TestScheduleRules(t *testing.T) {
 	}
 	look := func() {
 		t.Helper()
-		job, err := h.CheckRepository(t.Context(), id)
+		job, err := h.CheckRepository(t.Context(), id, dbus.CheckRepositoryOptions{})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -70,7 +70,8 @@ type Reader interface {
 // Repositories is what is done with repositories.
 type Repositories interface {
 	CreateRepository(ctx context.Context, caller Caller, name, typ, path string, o dbus.CreateRepositoryOptions) (repository, job string, err error)
-	CheckRepository(ctx context.Context, caller Caller, id string) (job string, err error)
+	CheckRepository(ctx context.Context, caller Caller, id string, o dbus.CheckRepositoryOptions) (job string, err error)
+	ScanRepository(ctx context.Context, caller Caller, id string, o dbus.ScanRepositoryOptions) (job string, err error)
 	UpdateRepository(ctx context.Context, caller Caller, id string, o dbus.UpdateRepositoryOptions) (job string, err error)
 	RemoveRepository(ctx context.Context, caller Caller, id string, o dbus.RemoveRepositoryOptions) error
 }

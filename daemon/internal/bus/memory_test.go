@@ -183,8 +183,12 @@ func (m *memory) CreateRepository(_ context.Context, c Caller, name, typ, path s
 	return "R9", jobID, m.note(c, "create repository %s %s %s %v", name, typ, path, o.Existing)
 }
 
-func (m *memory) CheckRepository(_ context.Context, c Caller, id string) (string, error) {
+func (m *memory) CheckRepository(_ context.Context, c Caller, id string, _ dbus.CheckRepositoryOptions) (string, error) {
 	return jobID, m.note(c, "check %s", id)
+}
+
+func (m *memory) ScanRepository(_ context.Context, c Caller, id string, o dbus.ScanRepositoryOptions) (string, error) {
+	return jobID, m.note(c, "scan %s foreign %v dry %v", id, o.ImportForeign, o.DryRun)
 }
 
 func (m *memory) UpdateRepository(_ context.Context, c Caller, id string, o dbus.UpdateRepositoryOptions) (string, error) {

@@ -91,7 +91,8 @@ func managerParsers() map[string]parser {
 // objectParsers are those of what the Manager makes and finds.
 func objectParsers() map[string]parser {
 	return map[string]parser{
-		"org.virtbackup1.Repository.Check":  startJob("check repository", Backend.CheckRepository),
+		"org.virtbackup1.Repository.Check":  jobOf("check repository", Backend.CheckRepository),
+		"org.virtbackup1.Repository.Scan":   jobOf("scan repository", Backend.ScanRepository),
 		"org.virtbackup1.Repository.Update": updateRepository,
 		"org.virtbackup1.Repository.Remove": removeRepository,
 
@@ -175,6 +176,18 @@ func startJob(what string, start func(Backend, context.Context, Caller, string) 
 			return jobPath(job), s.done(c, what, about, err)
 		}
 		return request{run: run}, a.options(&dbus.NoOptions{})
+	}
+}
+
+// jobOf is a method that takes options and returns a job.
+func jobOf[O any](what string, start func(Backend, context.Context, Caller, string, O) (string, error)) parser {
+	return func(about dbus.Ref, a arguments) (request, error) {
+		var o O
+		run := func(ctx context.Context, s *Server, c Caller) ([]any, error) {
+			job, err := start(s.backend, ctx, c, about.ID, o)
+			return jobPath(job), s.done(c, what, about, err)
+		}
+		return request{run: run}, a.options(&o)
 	}
 }
 

@@ -104,7 +104,7 @@ func TestClientReachesEveryCallOfTheBackend(t *testing.T) {
 	}
 	ok(c.Reload(ctx))
 	ok(c.NotifyHook(ctx))
-	job(c.CheckRepository(ctx, "R1"))
+	job(c.CheckRepository(ctx, "R1", dbus.CheckRepositoryOptions{}))
 	ok(c.RemoveRepository(ctx, "R1", dbus.RemoveRepositoryOptions{}))
 	ok(c.UpdateOffering(ctx, "O1", dbus.UpdateOfferingOptions{Repository: &tape}))
 	if domains, err := c.RemoveOffering(ctx, "O1", dbus.RemoveOfferingOptions{Forced: true}); !slices.Equal(domains, []string{webUUID}) || err != nil {

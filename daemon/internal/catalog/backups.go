@@ -34,6 +34,7 @@ type Backup struct {
 	StoredBytes uint64
 	DataBytes   uint64
 	Error       string // why it failed or is damaged
+	Pin         string // of the manifest, if another host made it: see repository.Trust
 	Hold        string // why it must stay, by somebody's word; "" if it may go
 	Sequence    int64  // the order in which backups were committed; 0 until then
 	Offering    string // its name at the time; "" if there was none
@@ -72,14 +73,14 @@ func (b Backup) Link() chain.Backup {
 
 const backupColumns = `id, domain, domain_name, coalesce(chain, iif(kind = 'full', id, '')), coalesce(parent, ''), repository, job, kind, state, cause,
 	isolated, consistency, created, finished, size, stored_bytes, data_bytes, error,
-	offering, mode, compression, compression_time, level, threads, chain_size, quiesce, quiesce_policy, tracking, fallback, verified, mark, held, shortfall, uid, hold, sequence`
+	offering, mode, compression, compression_time, level, threads, chain_size, quiesce, quiesce_policy, tracking, fallback, verified, mark, held, shortfall, uid, pin, hold, sequence`
 
 func scanBackup(from row) (b Backup, err error) {
 	var held int64
 	err = from.Scan(&b.ID, &b.Domain, &b.DomainName, &b.Chain, &b.Parent, &b.Repository, &b.Job, &b.Kind, &b.State, &b.Cause,
 		&b.Isolated, &b.Consistency, timestamp{&b.Created}, timestamp{&b.Finished}, &b.Size, &b.StoredBytes, &b.DataBytes, &b.Error,
 		&b.Offering, &b.Mode, &b.Compression, &b.CompressionTime, &b.Level, &b.Threads, &b.ChainSize, &b.Quiesce, &b.QuiescePolicy, &b.Tracking, &b.Fallback,
-		timestamp{&b.Verified}, &b.Mark, &held, &b.Shortfall, &b.UID, &b.Hold, &b.Sequence)
+		timestamp{&b.Verified}, &b.Mark, &held, &b.Shortfall, &b.UID, &b.Pin, &b.Hold, &b.Sequence)
 	b.Held = time.Duration(held) * time.Microsecond
 	return b, err
 }

@@ -100,5 +100,6 @@ const (
 	// knows, or a disk that is no file, so that no overlay is put on its disks.
 	OverlayUnsupported Cause = "overlay-unsupported"
 
-	Merged Cause = "merged" // what it built on was merged into it
+	Imported Cause = "imported" // it was found in the repository
+	Merged   Cause = "merged"   // what it built on was merged into it
 )

@@ -23,7 +23,9 @@ type Sender struct {
 	Supervisor *supervise.Supervisor
 	Limits     func() jobunit.Limits // of one worker, as configured now
 	KeyFile    string                // of the host's manifest key
-	Storage    Storage               // nil where all repositories are directories
+	// Pins returns the pins of the backups in a repository that other hosts made.
+	Pins    func(ctx context.Context, repository string) (map[string]string, error)
+	Storage Storage // nil where all repositories are directories
 }
 
 // ErrMount says that a repository's storage cannot be mounted.
@@ -83,6 +85,10 @@ func (s Sender) Run(ctx context.Context, h *job.Handle, r catalog.Repository, sp
 	}
 	spec.Job = h.Job().ID
 	spec.Repository = s.Repository(r)
+	// Also for a job that was just cancelled: its worker is to be followed to its end.
+	if spec.Repository.Pins, err = s.Pins(context.WithoutCancel(ctx), r.ID); err != nil {
+		return nil, err
+	}
 	result, err := s.Supervisor.Run(ctx, spec, s.Limits(), func(st transfer.Status) { Progress(h, st) })
 	h.Waits(PhaseFinishing)
 	return result, failure.Worker(ctx, r.Name, err)

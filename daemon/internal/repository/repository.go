@@ -20,6 +20,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -74,6 +76,7 @@ type Repository struct {
 	id   ID
 	key  []byte
 	host string
+	pins map[string]string // by backup: see Trust
 }
 
 // Init makes an empty directory a repository and returns its id. A directory
@@ -232,8 +235,8 @@ func (r *Repository) Backups(domain string) ([]string, error) {
 // Manifest returns a backup's authenticated manifest. Errors: ErrNoBackup,
 // ErrManifest, ErrForeignManifest, ErrNewerFormat.
 func (r *Repository) Manifest(domain, backup string) (*Manifest, error) {
-	m, err := r.readManifest(domain, backup)
-	if err == nil {
+	m, content, err := r.readContent(domain, backup)
+	if err == nil && !r.pinned(m, content) {
 		err = m.authenticate(r.key)
 	}
 	if err != nil {
@@ -242,31 +245,63 @@ func (r *Repository) Manifest(domain, backup string) (*Manifest, error) {
 	return m, nil
 }
 
+// Trust has manifests of other hosts accepted, each only as it was when somebody
+// looked at it and said so: pins are, by backup, those that Foreign returned.
+func (r *Repository) Trust(pins map[string]string) { r.pins = pins }
+
+func (r *Repository) pinned(m *Manifest, content []byte) bool {
+	pin, there := r.pins[m.Backup]
+	return there && m.Host != r.host && pin == pinOf(content)
+}
+
+func pinOf(content []byte) string {
+	sum := sha256.Sum256(content)
+	return hex.EncodeToString(sum[:])
+}
+
+// Foreign returns the manifest of a backup that another host made, which nobody
+// vouches for, and its pin.
+func (r *Repository) Foreign(domain, backup string) (m *Manifest, pin string, err error) {
+	m, content, err := r.readContent(domain, backup)
+	if err == nil && m.Host == r.host {
+		err = fmt.Errorf("backup %s is this host's own", backup)
+	}
+	if err != nil {
+		return nil, "", err
+	}
+	return m, pinOf(content), nil
+}
+
 // readManifest reads a manifest and checks that it belongs where it lies, but
 // not yet who wrote it.
 func (r *Repository) readManifest(domain, backup string) (*Manifest, error) {
+	m, _, err := r.readContent(domain, backup)
+	return m, err
+}
+
+func (r *Repository) readContent(domain, backup string) (*Manifest, []byte, error) {
 	if err := checkBackup(domain, backup); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	b, err := r.tree.readFile(domain+"/"+backup+"/"+manifestName, manifestLimit)
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
-		return nil, ErrNoBackup
+		return nil, nil, ErrNoBackup
 	}
 	if storageFault(err) {
-		return nil, fmt.Errorf("cannot read the manifest of backup %s: %w", backup, err)
+		return nil, nil, fmt.Errorf("cannot read the manifest of backup %s: %w", backup, err)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrManifest, err)
+		return nil, nil, fmt.Errorf("%w: %w", ErrManifest, err)
 	}
 	m, err := parseManifest(b)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if m.Repository != r.id || m.Domain.UUID != domain || m.Backup != backup {
-		return nil, fmt.Errorf("%w: it is that of backup %s of domain %s in repository %s, moved here",
+		return nil, nil, fmt.Errorf("%w: it is that of backup %s of domain %s in repository %s, moved here",
 			ErrManifest, m.Backup, m.Domain.UUID, m.Repository)
 	}
-	return m, nil
+	return m, b, nil
 }
 
 // storageFault tells whether an error is that of storage that does not answer

@@ -64,6 +64,9 @@ func (r *Repository) Rewrite(c *Claim, backup string) (*Rewrite, error) {
 		return nil, err
 	}
 	m, err := r.Manifest(c.domain, backup)
+	if err == nil && m.Host != r.host {
+		err = fmt.Errorf("cannot replace files of backup %s: %w", backup, ErrForeignManifest)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -203,6 +206,8 @@ func (r *Repository) settleFiles(domain, backup string, keep func(job string) bo
 		return nil
 	case err != nil:
 		return err
+	case m.Host != r.host:
+		return nil
 	}
 	// The manifest must last before anything is done because of it.
 	if err := r.tree.sync(dir); err != nil {

@@ -49,7 +49,7 @@ func Plan(ctx context.Context, c *catalog.Catalog, domain, repository string, r 
 	}
 	points := make([]chain.Point, 0, len(backups))
 	for _, b := range backups {
-		points = append(points, chain.Point{Backup: b.Link(), Sequence: b.Sequence, Created: b.Created, Hold: b.Hold != "", Base: b.ID == base})
+		points = append(points, chain.Point{Backup: b.Link(), Sequence: b.Sequence, Created: b.Created, Hold: b.Hold != "" || b.Pin != "", Base: b.ID == base})
 	}
 	return chain.PlanRetention(points, r, time.Local), nil
 }

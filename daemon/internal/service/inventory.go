@@ -14,7 +14,9 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
+	"github.com/virtbackup/virtbackup/daemon/internal/scan"
 	"github.com/virtbackup/virtbackup/daemon/internal/storage"
+	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
 	"github.com/virtbackup/virtbackup/daemon/internal/verification"
 	"github.com/virtbackup/virtbackup/dbus"
 )
@@ -112,7 +114,7 @@ func (s *Service) UpdateRepository(ctx context.Context, caller bus.Caller, id st
 		return "", failure.Named(err)
 	}
 	s.notifier.Changed(dbus.Ref{Kind: dbus.KindRepository, ID: id})
-	return s.CheckRepository(ctx, caller, id)
+	return s.CheckRepository(ctx, caller, id, dbus.CheckRepositoryOptions{})
 }
 
 // move changes where a repository is and how it is mounted.
@@ -167,10 +169,20 @@ func (s *Service) start(ctx context.Context, r job.Request) (string, error) {
 	return id, err
 }
 
-// CheckRepository has a worker look at a repository again.
-func (s *Service) CheckRepository(ctx context.Context, caller bus.Caller, id string) (string, error) {
+// CheckRepository has a worker look at a repository again, or at all backups in it.
+func (s *Service) CheckRepository(ctx context.Context, caller bus.Caller, id string, o dbus.CheckRepositoryOptions) (string, error) {
+	r := job.Request{Kind: string(dbus.OperationCheck), Repository: id, UID: caller.UID, Spec: verification.CheckRequest{}}
+	if o.Depth != nil && *o.Depth != dbus.DepthProbe {
+		r.Kind, r.Spec = string(dbus.OperationInspect), scan.Request{Depth: transfer.Depth(*o.Depth)}
+	}
+	return s.start(ctx, r)
+}
+
+// ScanRepository has the catalog know all backups that are in a repository.
+func (s *Service) ScanRepository(ctx context.Context, caller bus.Caller, id string, o dbus.ScanRepositoryOptions) (string, error) {
 	return s.start(ctx, job.Request{
-		Kind: string(dbus.OperationCheck), Repository: id, UID: caller.UID, Spec: verification.CheckRequest{},
+		Kind: string(dbus.OperationScan), Repository: id, UID: caller.UID,
+		Spec: scan.Request{Depth: transfer.DepthManifests, ImportForeign: o.ImportForeign, DryRun: o.DryRun},
 	})
 }
 

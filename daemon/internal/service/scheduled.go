@@ -14,6 +14,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/health"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/schedule"
+	"github.com/virtbackup/virtbackup/dbus"
 )
 
 // blocked makes an error of what is in the way of one domain's backup.
@@ -148,7 +149,7 @@ func (s *Service) reachable(ctx context.Context, id string) error {
 	}
 	// One that is hung is looked at by nobody but who watches it.
 	if r.State != string(health.Hung) && !s.repositoryInUse(id) && time.Since(r.Checked) > recheckAfter {
-		if _, err := s.CheckRepository(ctx, bus.Caller{}, id); err != nil {
+		if _, err := s.CheckRepository(ctx, bus.Caller{}, id, dbus.CheckRepositoryOptions{}); err != nil {
 			s.Log.Warn("cannot have a repository looked at again", "repository", r.Name, "error", err)
 		}
 	}

@@ -194,7 +194,7 @@ func (w *Worker) asUnit(spec transfer.Spec, limits jobunit.Limits) jobunit.Unit 
 // systemd follows symbolic links: QEMU's user may put one in the place of its NVRAM, and the worker must see that it is one.
 func paths(spec transfer.Spec) (readOnly, readWrite, devices []string) {
 	switch spec.Operation {
-	case transfer.OperationList, transfer.OperationRestore, transfer.OperationVerify:
+	case transfer.OperationList, transfer.OperationRestore, transfer.OperationVerify, transfer.OperationInspect:
 		readOnly = append(readOnly, spec.Repository.Path)
 	default:
 		readWrite = append(readWrite, spec.Repository.Path)

@@ -55,6 +55,7 @@ const (
 	OperationDelete  Operation = "delete"  // Spec.Backups of Domain
 	OperationDiscard Operation = "discard" // what a dead job left of Spec.Backups of Domain
 	OperationMerge   Operation = "merge"   // Spec.Merge
+	OperationInspect Operation = "inspect" // all backups, as deep as Spec.Depth says
 )
 
 // Spec is spec.json.
@@ -71,7 +72,18 @@ type Spec struct {
 	Backup     *BackupSpec    `json:"backup,omitempty"`
 	Restore    *RestoreSpec   `json:"restore,omitempty"`
 	Merge      *MergeSpec     `json:"merge,omitempty"`
+	Depth      Depth          `json:"depth,omitempty"` // of inspect
 }
+
+// Depth says what of each backup is looked at.
+type Depth string
+
+// The depths; each has what is before it.
+const (
+	DepthManifests Depth = "manifests" // manifests, and that their files are there with their sizes
+	DepthHeaders   Depth = "headers"   // images' headers and tables, and the roots of digests
+	DepthDigests   Depth = "digests"   // every block against its digest
+)
 
 // MergeSpec has a backup of Spec.Domain take over what those below it hold, so
 // that they may go. Done again, it changes nothing.
@@ -88,6 +100,8 @@ type RepositorySpec struct {
 	Name        string        `json:"name"`         // for messages
 	KeyFile     string        `json:"key_file"`     // the host's manifest key: 64 hex digits
 	MinimumFree uint64        `json:"minimum_free"` // bytes that a backup must leave free
+	// Pins are of the backups of other hosts that somebody said are to be trusted.
+	Pins map[string]string `json:"pins,omitempty"`
 	// Promised is how much the backups that were being made in it when this one
 	// was begun were still expected to take, in bytes.
 	Promised uint64 `json:"promised,omitempty"`
@@ -251,6 +265,9 @@ type BackupState struct {
 	Backup   string               `json:"backup"`
 	Manifest *repository.Manifest `json:"manifest,omitempty"`
 	Error    *Failure             `json:"error,omitempty"`
+	// Pin is that of a backup of another host; Manifest is then what it says, and
+	// Error what else is wrong with it. Only of inspect.
+	Pin string `json:"pin,omitempty"`
 }
 
 // Class says whose fault a failure is, and so what the daemon does next.

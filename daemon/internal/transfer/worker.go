@@ -71,6 +71,7 @@ func (w *worker) run(ctx context.Context) error {
 		OperationDelete:  w.delete,
 		OperationDiscard: w.discard,
 		OperationMerge:   w.merge,
+		OperationInspect: w.inspect,
 	}[w.spec.Operation]
 	if !known {
 		return fail(ClassInternal, "the operation %q is not known", w.spec.Operation)
@@ -102,6 +103,7 @@ func (w *worker) open() (*repository.Repository, error) {
 	if err != nil {
 		return nil, inRepository(err)
 	}
+	r.Trust(w.spec.Repository.Pins)
 	if want := w.spec.Repository.ID; want != "" && want != r.ID() {
 		r.Close()
 		return nil, fail(ClassRepository, "%s holds the repository %s and not %q (%s)",

@@ -117,6 +117,9 @@ ALTER TABLE repositories ADD COLUMN since INTEGER NOT NULL DEFAULT 0; -- it has 
 CREATE UNIQUE INDEX repositories_address ON repositories (type, address, file_system, options) WHERE address <> '';
 
 
+ALTER TABLE backups ADD COLUMN pin TEXT NOT NULL DEFAULT ''; -- of the manifest of one that another host made
+
+
 -- == retention
 
 ALTER TABLE backups ADD COLUMN hold TEXT NOT NULL DEFAULT ''; -- why it must stay, by somebody's word; '' if it may go

@@ -1,0 +1,130 @@
+package catalog
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+)
+
+// Pins returns the pins of the backups in a repository that other hosts made, by
+// backup.
+func (c *Catalog) Pins(ctx context.Context, repository string) (pins map[string]string, err error) {
+	pins = map[string]string{}
+	err = c.read(ctx, "read the pins of repository "+repository, func(tx *sql.Tx) error {
+		_, err := collect(ctx, tx, func(from row) (string, error) {
+			var id, pin string
+			err := from.Scan(&id, &pin)
+			pins[id] = pin
+			return id, err
+		}, "SELECT id, pin FROM backups WHERE repository = ? AND pin <> ''", repository)
+		return err
+	})
+	return pins, err
+}
+
+// KnownBackups returns the state of each backup of a repository that is known and
+// did not fail, by its id.
+func (c *Catalog) KnownBackups(ctx context.Context, repository string) (known map[string]chain.BackupState, err error) {
+	known = map[string]chain.BackupState{}
+	err = c.read(ctx, "read backups of repository "+repository, func(tx *sql.Tx) error {
+		_, err := collect(ctx, tx, func(from row) (string, error) {
+			var id string
+			var state chain.BackupState
+			err := from.Scan(&id, &state)
+			known[id] = state
+			return id, err
+		}, "SELECT id, state FROM backups WHERE repository = ? AND state <> 'failed'", repository)
+		return err
+	})
+	return known, err
+}
+
+// ImportBackup records a backup that was found in a repository: complete or
+// damaged, with its chain if that is not known yet. A chain of this host's goes
+// on if there is no other open one of the domain there; what changed since then
+// is found by comparing. ErrExists: it is known already.
+func (c *Catalog) ImportBackup(ctx context.Context, b Backup) error {
+	return c.write(ctx, "import backup "+b.ID, func(tx *sql.Tx) error {
+		if err := mustExist(ctx, tx, "repository", "repositories", "id", b.Repository); err != nil {
+			return err
+		}
+		// The name may be an old one: only a domain that is not known gets it.
+		if _, err := tx.ExecContext(ctx, "INSERT INTO domains (uuid, name) VALUES (?, ?) ON CONFLICT (uuid) DO NOTHING", b.Domain, b.DomainName); err != nil {
+			return err
+		}
+		if _, err := tx.ExecContext(ctx, "DELETE FROM backups WHERE id = ? AND state = 'failed'", b.ID); err != nil {
+			return err
+		}
+		if b.Parent != "" {
+			var state chain.BackupState
+			err := tx.QueryRowContext(ctx, "SELECT state FROM backups WHERE id = ?", b.Parent).Scan(&state)
+			switch {
+			case errors.Is(err, sql.ErrNoRows):
+				return fmt.Errorf("it builds on backup %s, which is not known: %w", b.Parent, ErrState)
+			case err != nil:
+				return err
+			case state != chain.Complete && b.State == chain.Complete:
+				b.State, b.Error = chain.Damaged, "its parent is "+string(state)
+			}
+		}
+		if err := importChain(ctx, tx, b); err != nil {
+			return err
+		}
+		id := b.Chain
+		if err := insertBackup(ctx, tx, b); err != nil {
+			return err
+		}
+		if err := insertImages(ctx, tx, b.ID, b.Images); err != nil {
+			return err
+		}
+		_, err := tx.ExecContext(ctx, `UPDATE backups SET chain = ?, state = ?, error = ?, finished = ?, manifest = ?, held = ?, shortfall = ?, pin = ?,
+			stored_bytes = (SELECT sum(stored_bytes) FROM images WHERE backup = ?9), data_bytes = (SELECT sum(data_bytes) FROM images WHERE backup = ?9),
+			sequence = (SELECT max(sequence) + 1 FROM backups) WHERE id = ?9`,
+			id, b.State, b.Error, toMicro(b.Finished), string(b.Manifest), b.Held.Microseconds(), b.Shortfall, b.Pin, b.ID)
+		return err
+	})
+}
+
+// importChain records the chain of an imported backup unless it is known. It is
+// open only if it is this host's and the backup complete, and then the one that
+// was open before it is finished.
+func importChain(ctx context.Context, tx *sql.Tx, b Backup) error {
+	var known bool
+	if err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT 1 FROM chains WHERE id = ?)", b.Chain).Scan(&known); err != nil {
+		return err
+	}
+	open := !b.Isolated && b.Pin == "" && b.State == chain.Complete
+	if known {
+		if !open && b.State != chain.Complete {
+			return endChain(ctx, tx, b.Chain, chain.Broken, chain.ParentDamaged)
+		}
+		return nil
+	}
+	state, cause := chain.Finished, chain.Imported
+	if open {
+		var other bool
+		err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT 1 FROM chains WHERE domain = ? AND repository = ? AND state = 'open' AND id > ?)",
+			b.Domain, b.Repository, b.Chain).Scan(&other)
+		if err != nil {
+			return err
+		}
+		if !other {
+			older, err := collect(ctx, tx, scanString, "SELECT id FROM chains WHERE domain = ? AND repository = ? AND state = 'open'", b.Domain, b.Repository)
+			if err != nil {
+				return err
+			}
+			for _, id := range older {
+				if err := endChain(ctx, tx, id, chain.Finished, chain.Imported); err != nil {
+					return err
+				}
+			}
+			state, cause = chain.Open, ""
+		}
+	}
+	_, err := tx.ExecContext(ctx, "INSERT INTO chains (id, domain, repository, offering, isolated, state, cause, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+		b.Chain, b.Domain, b.Repository, b.Offering, b.Isolated, state, cause, toMicro(b.Created))
+	return err
+}

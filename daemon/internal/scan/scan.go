@@ -1,0 +1,296 @@
+// Package scan is the jobs that look at all backups of a repository: one makes
+// the catalog know what is there, also on a host that has never seen it; the
+// other holds what is there against the catalog, as deep as it is asked to.
+package scan
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/errand"
+	"github.com/virtbackup/virtbackup/daemon/internal/failure"
+	"github.com/virtbackup/virtbackup/daemon/internal/job"
+	"github.com/virtbackup/virtbackup/daemon/internal/journal"
+	"github.com/virtbackup/virtbackup/daemon/internal/repository"
+	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+// Request asks to look at all backups of the job's repository.
+type Request struct {
+	Depth transfer.Depth `json:"depth"`
+	// Of a scan: whether backups of other hosts are taken, and whether only to tell.
+	ImportForeign bool `json:"import_foreign,omitempty"`
+	DryRun        bool `json:"dry_run,omitempty"`
+}
+
+// Scan is the kind of job that records the backups that are in a repository and
+// that the catalog does not know.
+type Scan struct {
+	Catalog *catalog.Catalog
+	Errand  errand.Sender
+}
+
+// Inspect is the kind of job that holds what is in a repository against the
+// catalog, and records what is damaged or missing.
+type Inspect struct {
+	Catalog *catalog.Catalog
+	Errand  errand.Sender
+}
+
+// found is what a worker found in a repository.
+type found struct {
+	repository catalog.Repository
+	request    Request
+	known      map[string]chain.BackupState
+	settled    map[string]bool        // was complete before the worker looked, and is
+	backups    []transfer.BackupState // what others build on comes before them
+}
+
+func look(ctx context.Context, h *job.Handle, c *catalog.Catalog, e errand.Sender) (found, error) {
+	var f found
+	if err := json.Unmarshal(h.Job().Spec, &f.request); err != nil {
+		return f, fmt.Errorf("cannot read the job's request: %w", err)
+	}
+	var err error
+	if f.repository, err = c.Repository(ctx, h.Job().Repository); err != nil {
+		return f, failure.Named(err)
+	}
+	before, err := c.KnownBackups(ctx, f.repository.ID)
+	if err != nil {
+		return f, err
+	}
+	result, err := e.Run(ctx, h, f.repository, transfer.Spec{Operation: transfer.OperationInspect, Depth: f.request.Depth})
+	if err != nil {
+		return f, err
+	}
+	f.backups = result.Backups
+	// Parents are older, and ids ascend with time.
+	slices.SortFunc(f.backups, func(a, b transfer.BackupState) int { return strings.Compare(a.Backup, b.Backup) })
+	if f.known, err = c.KnownBackups(ctx, f.repository.ID); err != nil {
+		return f, err
+	}
+	// Other jobs went on meanwhile: what was committed since may not have been seen.
+	f.settled = map[string]bool{}
+	for id, state := range f.known {
+		f.settled[id] = state == chain.Complete && before[id] == chain.Complete
+	}
+	return f, nil
+}
+
+// Run records what is not known yet.
+func (k Scan) Run(ctx context.Context, h *job.Handle) error {
+	f, err := look(ctx, h, k.Catalog, k.Errand)
+	if err != nil {
+		return err
+	}
+	s := scanning{Scan: k, found: f, job: h}
+	for _, b := range f.backups {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err := s.take(ctx, b); err != nil {
+			return err
+		}
+	}
+	h.Log(ctx, slog.LevelInfo, s.summary())
+	return h.SetResult(s.counts)
+}
+
+// Undo has nothing to undo: what is known by now is there.
+func (Scan) Undo(context.Context, *job.Handle) error { return nil }
+
+type scanning struct {
+	Scan
+	found
+	job    *job.Handle
+	counts Counts
+}
+
+// Counts are what a scan found, in backups.
+type Counts struct {
+	Found    int `json:"found"`
+	Known    int `json:"known"`    // before
+	Imported int `json:"imported"` // or would be
+	Damaged  int `json:"damaged"`  // of those imported
+	Foreign  int `json:"foreign"`  // of other hosts, and not taken
+	Unusable int `json:"unusable"` // without a manifest that can be trusted, or without what they build on
+}
+
+func (s *scanning) summary() string {
+	c, imported := s.counts, "imported"
+	if s.request.DryRun {
+		imported = "would be imported"
+	}
+	text := fmt.Sprintf("%d backups are there: %d were known, %d %s", c.Found, c.Known, c.Imported, imported)
+	if c.Damaged > 0 {
+		text += fmt.Sprintf(" (%d of them damaged)", c.Damaged)
+	}
+	if c.Foreign > 0 {
+		text += fmt.Sprintf(", %d are of other hosts, and are taken only with import_foreign", c.Foreign)
+	}
+	if c.Unusable > 0 {
+		text += fmt.Sprintf(", %d cannot be used", c.Unusable)
+	}
+	return text
+}
+
+// take imports one backup, or says why not.
+func (s *scanning) take(ctx context.Context, b transfer.BackupState) error {
+	s.counts.Found++
+	if _, known := s.known[b.Backup]; known {
+		s.counts.Known++
+		return nil
+	}
+	switch {
+	case b.Manifest == nil:
+		s.counts.Unusable++
+		s.job.Log(ctx, slog.LevelWarn, fmt.Sprintf("backup %s of domain %s cannot be used: %s", b.Backup, b.Domain, message(b)))
+		return nil
+	case b.Pin != "" && !s.request.ImportForeign:
+		s.counts.Foreign++
+		return nil
+	}
+	row, err := rowOf(b, s.repository)
+	if err != nil {
+		return err
+	}
+	if !s.request.DryRun {
+		err = s.Catalog.ImportBackup(ctx, row)
+	}
+	switch {
+	case errors.Is(err, catalog.ErrState):
+		s.counts.Unusable++
+		s.job.Log(ctx, slog.LevelWarn, fmt.Sprintf("backup %s of domain %q cannot be used: %v", b.Backup, row.DomainName, err))
+		return nil
+	case errors.Is(err, catalog.ErrExists):
+		s.counts.Known++ // by now, or as one of another repository
+		return nil
+	case err != nil:
+		return failure.Named(err)
+	}
+	s.counts.Imported++
+	if row.State == chain.Damaged {
+		s.counts.Damaged++
+	}
+	return nil
+}
+
+func message(b transfer.BackupState) string {
+	if b.Error == nil {
+		return "it has no manifest"
+	}
+	return b.Error.Message
+}
+
+// rowOf makes what the catalog knows of a backup of what its manifest says.
+func rowOf(b transfer.BackupState, r catalog.Repository) (catalog.Backup, error) {
+	m := b.Manifest
+	raw, err := json.Marshal(m)
+	if err != nil {
+		return catalog.Backup{}, err
+	}
+	row := catalog.Backup{
+		ID: m.Backup, Domain: m.Domain.UUID, DomainName: m.Domain.Name, Chain: m.Chain, Parent: m.Parent, Repository: r.ID,
+		Kind: chain.Kind(m.Kind), State: chain.Complete, Isolated: m.Isolated, Pin: b.Pin, Consistency: m.Consistency,
+		Created: time.UnixMicro(m.Created), Finished: time.UnixMicro(m.Finished), Held: time.Duration(m.Held) * time.Microsecond, Shortfall: m.Shortfall,
+		Offering: m.Offering.Name, Manifest: raw, Settings: catalog.Settings{
+			Mode: chain.ModeIncremental, Compression: m.Offering.Compression, Level: m.Offering.Level, Quiesce: m.Quiesce,
+			QuiescePolicy: string(dbus.QuiesceRequire), Tracking: chain.CBT, Fallback: chain.FallbackDigest,
+		},
+	}
+	if row.Kind == chain.Full {
+		row.Cause = chain.Imported
+	}
+	if b.Error != nil {
+		row.State, row.Error = chain.Damaged, b.Error.Message
+	}
+	for _, d := range m.Disks {
+		row.Size += d.Size
+		row.Images = append(row.Images, imageOf(m, d))
+	}
+	return row, nil
+}
+
+func imageOf(m *repository.Manifest, d repository.Disk) catalog.Image {
+	i := catalog.Image{
+		Target: d.Target, Kind: chain.Kind(d.Kind), Tracking: chain.Digest, Changes: chain.Tracking(d.Changes), Source: d.Source, Format: d.Format,
+		Size: d.Size, StoredBytes: d.StoredBytes, DataBytes: d.DataBytes, ReadBytes: d.ReadBytes,
+	}
+	if i.Kind == chain.Full {
+		i.Cause = chain.Imported
+	}
+	return i
+}
+
+// Run records what is damaged or missing, and fails if anything is.
+func (k Inspect) Run(ctx context.Context, h *job.Handle) error {
+	f, err := look(ctx, h, k.Catalog, k.Errand)
+	if err != nil {
+		return err
+	}
+	recording := context.WithoutCancel(ctx)
+	there := map[string]bool{}
+	bad, unknown, now := []string{}, 0, time.Now()
+	for _, b := range f.backups {
+		there[b.Backup] = true
+		_, known := f.known[b.Backup]
+		switch {
+		case !known:
+			unknown++
+			continue
+		case !f.settled[b.Backup]:
+			continue
+		case b.Error == nil && f.request.Depth == transfer.DepthDigests:
+			err = k.Catalog.VerifiedBackup(recording, b.Backup, now)
+		case b.Error != nil && b.Error.Class != transfer.ClassRepository:
+			bad = append(bad, b.Backup)
+			err = k.damaged(recording, h, b.Backup, b.Error.Message)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	for id, settled := range f.settled {
+		if settled && !there[id] {
+			bad = append(bad, id)
+			if err := k.damaged(recording, h, id, "it is not in the repository any more"); err != nil {
+				return err
+			}
+		}
+	}
+	if unknown > 0 {
+		h.Log(ctx, slog.LevelInfo, fmt.Sprintf("%d backups are not known: virtbackupctl repository scan %s imports them", unknown, f.repository.Name))
+	}
+	if len(bad) > 0 {
+		slices.Sort(bad)
+		return failure.Errorf(dbus.ErrDamaged, "%d of %d backups in repository %q cannot be trusted: %s: make new full backups of their domains",
+			len(bad), len(f.backups), f.repository.Name, strings.Join(bad[:min(len(bad), mostNamed)], ", "))
+	}
+	h.Log(ctx, slog.LevelInfo, fmt.Sprintf("%d backups are as they were written, as far as %s say", len(f.backups), f.request.Depth))
+	return nil
+}
+
+// mostNamed is how many backups an error names at most.
+const mostNamed = 10
+
+func (k Inspect) damaged(ctx context.Context, h *job.Handle, id, why string) error {
+	h.Log(ctx, slog.LevelError, fmt.Sprintf("backup %s is damaged: %s", id, why),
+		journal.MessageID, journal.BackupDamaged, "damaged", id, "detail", why)
+	// One may just have been deleted, or merged into another.
+	if err := k.Catalog.DamagedBackup(ctx, id, why); err != nil && !errors.Is(err, catalog.ErrNotFound) && !errors.Is(err, catalog.ErrState) {
+		return failure.Named(err)
+	}
+	return nil
+}
+
+// Undo has nothing to undo.
+func (Inspect) Undo(context.Context, *job.Handle) error { return nil }

@@ -85,7 +85,7 @@ func TestScanBringsAllBack(t *testing.T) {
 	held[b.ID], ids = want, append(ids, b.ID)
 
 	// A block is flipped: the check finds it, and which backups it hits.
-	flip(t, h.image(h.get(ids[1]), "vda"), 0x50000)
+	flipAt(t, h.image(h.get(ids[1]), "vda"), 0x50000)
 	digests := dbus.DepthDigests
 	job, err = h.CheckRepository(t.Context(), h.repository, dbus.CheckRepositoryOptions{Depth: &digests})
 	if err != nil {
@@ -101,7 +101,7 @@ func TestScanBringsAllBack(t *testing.T) {
 			t.Errorf("backup %d is %s and not %s", i, got, want)
 		}
 	}
-	flip(t, h.image(h.get(ids[1]), "vda"), 0x50000)
+	flipAt(t, h.image(h.get(ids[1]), "vda"), 0x50000)
 
 	// On another host nobody vouches for them.
 	whileStopped(t, func() {
@@ -144,20 +144,15 @@ func TestScanBringsAllBack(t *testing.T) {
 	whileStopped(t, func() { command(t, "", "sh", "-c", "rm "+state+"catalog.sqlite*; mv "+kept+"/* "+state) })
 }
 
-// flip changes a byte of a file, and back when it is called again.
-func flip(t *testing.T, path string, at int64) {
+// flipAt changes a byte of a file, and back when it is called again.
+func flipAt(t *testing.T, path string, at int64) {
 	t.Helper()
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	b := make([]byte, 1)
-	if _, err := f.ReadAt(b, at); err != nil {
-		t.Fatal(err)
-	}
-	b[0] ^= 0xff
-	if _, err := f.WriteAt(b, at); err != nil {
+	if err := flip(f, at); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -22,6 +22,8 @@ func jobClasses() map[string]job.Class {
 		string(dbus.OperationCheck):          job.ClassMaintenance,
 		string(dbus.OperationDelete):         job.ClassMaintenance,
 		string(dbus.OperationPrune):          job.ClassMaintenance,
+		string(dbus.OperationScan):           job.ClassMaintenance,
+		string(dbus.OperationInspect):        job.ClassMaintenance,
 	}
 }
 

@@ -163,3 +163,46 @@ func TestStatusTellsOfTheHook(t *testing.T) {
 		}
 	}
 }
+
+func TestSchedulePageTellsWhatBecameOfRuns(t *testing.T) {
+	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.Local)
+	s := dbus.ScheduleProperties{
+		ID: "01S", Name: "gold", Offering: "gold", Repository: "tape", Calendars: []string{"daily", "Mon 12:00"}, RandomizedDelay: 90_000_000, Persistent: true,
+		Quiesce: dbus.ScheduleQuiesceOffering, Overlap: dbus.OverlapQueue, Enabled: true, Unit: "u.timer", NextElapse: at, LastSuccess: at, Created: at,
+	}
+	runs := []dbus.ScheduleRun{
+		{ID: "2", State: dbus.RunSkipped, Reason: "the run of 03:04 still goes on", Timer: true, Created: at, Finished: at},
+		{ID: "1", State: dbus.RunRunning, Jobs: []string{"a", "b"}, UID: 7, Created: at},
+	}
+	want := `    Schedule: gold
+          Id: 01S
+    Offering: gold
+  Repository: tape
+   Calendars: daily, Mon 12:00
+       Delay: up to 1 min 30 s
+  Persistent: yes: a run that was missed is made up for
+    Isolated: no
+     Quiesce: offering
+     Overlap: queue
+        Next: 2026-01-02 03:04:05
+Last success: 2026-01-02 03:04:05
+       Timer: u.timer
+     Created: 2026-01-02 03:04:05 by uid 0
+
+RUN                  BY     STATE    FINISHED             JOBS  REASON
+2026-01-02 03:04:05  timer  skipped  2026-01-02 03:04:05     0  the run of 03:04 still goes on
+2026-01-02 03:04:05  uid 7  running                          2
+`
+	if diff := cmp.Diff(want, text(func(p *page) { schedulePage(p, s, runs) })); diff != "" {
+		t.Error(diff)
+	}
+	want = `SCHEDULE  FOR            CALENDARS         REPOSITORY       NEXT      LAST  STATE  REASON
+gold      offering gold  daily, Mon 12:00  of the offering  disabled
+web                      daily             tape             never                  its timer does not run
+`
+	s.Enabled, s.Repository = false, ""
+	other := dbus.ScheduleProperties{Name: "web", Calendars: []string{"daily"}, Repository: "tape", Enabled: true, Problem: "its timer does not run"}
+	if diff := cmp.Diff(want, text(func(p *page) { scheduleTable(p, []dbus.ScheduleProperties{s, other}) })); diff != "" {
+		t.Error(diff)
+	}
+}

@@ -196,8 +196,9 @@ A run that does not start, because of the schedule's rule, says why; the exit st
 	return cmd
 }
 
-// trigger runs a schedule. For a timer, all is said in lines for the journal,
-// and no job is followed.
+// trigger runs a schedule. For a timer, all is said in lines for the journal, no
+// job is followed, and what was recorded is no failure: its unit is started
+// again only when the daemon could not be told.
 func (a *app) trigger(ctx context.Context, c *dbus.Client, s dbus.ScheduleProperties, o dbus.TriggerOptions) error {
 	state, reason, jobs, err := c.TriggerSchedule(ctx, s.ID, o)
 	if err != nil {
@@ -207,7 +208,7 @@ func (a *app) trigger(ctx context.Context, c *dbus.Client, s dbus.ScheduleProper
 		a.say("Schedule %s: %s.", s.Name, reason)
 	}
 	switch {
-	case state == dbus.RunFailed:
+	case state == dbus.RunFailed && !o.Timer:
 		return fmt.Errorf("schedule %s: nothing could be started: %s", s.Name, reason)
 	case len(jobs) == 0:
 		a.say("Schedule %s: the run is %s: %s.", s.Name, state, reason)

@@ -52,8 +52,11 @@ func (h *host) scheduled(id string) dbus.ScheduleProperties {
 	return s
 }
 
-// goldRuns is how often each schedule of the gold offering runs at least.
-const goldRuns = 2
+// The gold offering keeps fewer backups in each repository than its schedules make.
+const (
+	goldRuns = 3
+	goldKept = 2
+)
 
 // TestGoldOfferingRunsByItself has an offering with two schedules, to its own
 // repository and another, back its three domains up, with the daemon stopped
@@ -61,6 +64,16 @@ const goldRuns = 2
 func TestGoldOfferingRunsByItself(t *testing.T) {
 	h := newHost(t)
 	second := h.repositoryAt(fresh(t, "/srv"))
+	offering, err := h.FindOffering(t.Context(), h.offering)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept := uint32(goldKept)
+	if err := h.UpdateOffering(t.Context(), offering, dbus.UpdateOfferingOptions{OfferingOptions: dbus.OfferingOptions{
+		Overrides: dbus.Overrides{Retention: dbus.Retention{KeepLast: &kept}},
+	}}); err != nil {
+		t.Fatal(err)
+	}
 	guests := []*guest{newPausedGuest(t, "qcow2:16M"), defineGuest(t, "qcow2:16M"), defineGuest(t, "raw:16M")}
 	for _, g := range guests {
 		if err := h.AssignDomain(t.Context(), g.uuid, h.offering); err != nil {
@@ -110,7 +123,7 @@ func TestGoldOfferingRunsByItself(t *testing.T) {
 }
 
 // pointsAreExact restores the newest backup of a guest in a repository, which
-// is of a chain of its own there.
+// is of a chain of its own there, and looks at which were kept.
 func (h *host) pointsAreExact(g *guest, repository string, now snapshot, s dbus.ScheduleProperties) {
 	h.t.Helper()
 	var all []dbus.BackupProperties
@@ -120,8 +133,8 @@ func (h *host) pointsAreExact(g *guest, repository string, now snapshot, s dbus.
 		}
 		all = append(all, b)
 	}
-	if len(all) < goldRuns {
-		h.t.Fatalf("schedule %s made %d backups of %s", s.Name, len(all), g.name)
+	if len(all) != goldKept {
+		h.t.Fatalf("of what schedule %s made of %s, %d are kept: %+v", s.Name, g.name, len(all), all)
 	}
 	for i, b := range all {
 		if b.Offering != h.offering || b.Chain != all[0].Chain || (b.Kind == dbus.KindFull) != (i == len(all)-1) {
@@ -184,6 +197,21 @@ func TestScheduleRules(t *testing.T) {
 	}
 	look() // and what waits begins
 	h.runs(waits, dbus.RunSucceeded, 1)
+
+	// A timer that is due while the daemon cannot be started tells it later.
+	command(t, "", "systemctl", "mask", "--runtime", "--now", "virtbackupd.service")
+	unmask := func() { command(t, "", "systemctl", "unmask", "--runtime", "virtbackupd.service") }
+	t.Cleanup(unmask)
+	due := "virtbackup-schedule@" + waits + ".service"
+	command(t, "", "systemctl", "start", "--no-block", due)
+	eventually(t, "the daemon cannot be told", func() error {
+		if n := command(t, "", "systemctl", "show", "-P", "SubState", due); n != "auto-restart" {
+			return errors.New(n)
+		}
+		return nil
+	})
+	unmask()
+	h.runs(waits, dbus.RunSucceeded, 2)
 
 	// A domain that is gone, and a schedule whose timer somebody took away.
 	gone := defineGuest(t, "qcow2:16M")

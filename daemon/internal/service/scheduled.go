@@ -11,8 +11,10 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/bus"
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
+	"github.com/virtbackup/virtbackup/daemon/internal/group"
 	"github.com/virtbackup/virtbackup/daemon/internal/health"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/job"
 	"github.com/virtbackup/virtbackup/daemon/internal/schedule"
 	"github.com/virtbackup/virtbackup/dbus"
 )
@@ -51,7 +53,7 @@ func (s *Service) Prepare(ctx context.Context, c catalog.Schedule) (schedule.Wor
 		return schedule.Work{}, &schedule.Obstacle{Reason: strings.Join(leftOut, "; "), Passing: passing}
 	}
 	start := func(ctx context.Context, run catalog.ScheduleRun) ([]string, error) {
-		return s.startRun(ctx, ready, run)
+		return s.startRun(ctx, c, ready, run)
 	}
 	return schedule.Work{LeftOut: leftOut, Start: start}, nil
 }
@@ -166,17 +168,33 @@ func away(r catalog.Repository) bool {
 	return false
 }
 
-// startRun starts the jobs of a run, each for itself: one that cannot be
-// started does not hold up the others.
-func (s *Service) startRun(ctx context.Context, all []scheduledBackup, run catalog.ScheduleRun) (jobs []string, err error) {
+// startRun starts the job of a run: the backup of its domain, or those of its
+// offering's as a group. One that cannot be started does not hold up the others.
+func (s *Service) startRun(ctx context.Context, c catalog.Schedule, all []scheduledBackup, run catalog.ScheduleRun) (jobs []string, err error) {
 	var leftOut []string
+	var members []group.Member
+	var j job.Request
 	for _, b := range all {
-		id, err := s.startScheduled(ctx, b, run)
+		one, m, err := s.scheduledJob(ctx, b, run)
 		if err != nil {
 			leftOut = append(leftOut, fmt.Sprintf("%s is left out: %v", b.domain.Name, err))
 			continue
 		}
-		jobs = append(jobs, id)
+		j, members = one, append(members, m)
+	}
+	if len(members) > 0 {
+		if c.Domain == "" {
+			j = job.Request{Kind: group.KindName, Spec: group.Request{Members: members}, UID: run.UID}
+		}
+		j.Schedule = run.Schedule
+		if run.Timer {
+			j.Origin = catalog.OriginSchedule
+		}
+		id, err := s.start(ctx, j)
+		if err != nil {
+			return nil, err
+		}
+		jobs = []string{id}
 	}
 	if len(leftOut) > 0 {
 		err = errors.New(strings.Join(leftOut, "; "))
@@ -184,19 +202,18 @@ func (s *Service) startRun(ctx context.Context, all []scheduledBackup, run catal
 	return jobs, err
 }
 
-func (s *Service) startScheduled(ctx context.Context, b scheduledBackup, run catalog.ScheduleRun) (string, error) {
+// scheduledJob is the job of one domain, also as a member of a group.
+func (s *Service) scheduledJob(ctx context.Context, b scheduledBackup, run catalog.ScheduleRun) (j job.Request, m group.Member, err error) {
 	if err := s.Catalog.SeenDomain(ctx, b.domain.UUID, b.domain.Name); err != nil {
-		return "", failure.Named(err)
+		return j, m, failure.Named(err)
 	}
 	if err := s.withinQuota(ctx, bus.Caller{UID: run.UID}, b.domain.Name, b.request); err != nil {
-		return "", err
+		return j, m, err
 	}
-	job := backup.NewJob(b.request, run.UID)
-	job.Schedule, job.Attempts = run.Schedule, s.settings().Jobs.Attempts
-	if run.Timer {
-		job.Origin = catalog.OriginSchedule
-	}
-	return s.start(ctx, job)
+	j = backup.NewJob(b.request, run.UID)
+	j.Attempts = s.settings().Jobs.Attempts
+	m, err = group.NewMember(b.domain.Name, j)
+	return j, m, err
 }
 
 var _ schedule.Backups = (*Service)(nil)

@@ -104,6 +104,9 @@ What runs already goes on. With --list, list what holds jobs back.`,
 		Example: `  virtbackupctl inhibit --why "storage is moved" -- ./move.sh
   virtbackupctl inhibit --what backup,restore --why "an upgrade" -- apt upgrade`,
 	}
+	cmd.ValidArgsFunction = func(*cobra.Command, []string, string) ([]cobra.Completion, cobra.ShellCompDirective) {
+		return nil, cobra.ShellCompDirectiveDefault // files
+	}
 	f := cmd.Flags()
 	f.SetInterspersed(false) // what follows the command is its own
 	f.StringSliceVar(&what, "what", nil, "jobs of these `CLASSES` only: backup, restore, compression, validation, maintenance")

@@ -92,14 +92,26 @@ func (s *Service) planPrune(ctx context.Context, uuid, repository string) (all [
 	return all, removed + plan.Removed(), nil
 }
 
+// prunePriority is below that of backups: who waits for space asks by himself.
+const prunePriority = 30
+
 // pruneAfter starts what a backup that was made lets go, if anything.
 func (s *Service) pruneAfter(ctx context.Context, st job.Status) {
 	if st.Kind != string(dbus.OperationBackup) || st.State != catalog.JobSucceeded {
 		return
 	}
+	// One that waits, as for the maintenance window, makes its plan when it begins.
+	waits := slices.ContainsFunc(s.Jobs.Active(), func(j job.Status) bool {
+		return j.Kind == string(dbus.OperationPrune) && j.State == catalog.JobQueued && j.Domain == st.Domain && j.Repository == st.Repository
+	})
+	if waits {
+		return
+	}
 	_, removed, err := s.planPrune(ctx, st.Domain, st.Repository)
 	if err == nil && removed > 0 {
-		_, err = s.start(ctx, pruneJob(st.Domain, st.Repository, retention.Request{Most: s.settings().Retention.MostAtOnce}, root))
+		r := pruneJob(st.Domain, st.Repository, retention.Request{Most: s.settings().Retention.MostAtOnce}, root)
+		r.Origin, r.Priority = catalog.OriginSystem, new(prunePriority)
+		_, err = s.start(ctx, r)
 	}
 	if err != nil {
 		s.Log.Warn("cannot see to it that old backups go; the next backup of the domain tries again", "domain", st.Domain, "error", err)

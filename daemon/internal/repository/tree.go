@@ -7,6 +7,7 @@ import (
 	"os"
 	"path"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -129,7 +130,21 @@ func (t tree) remove(name string, flags int) error {
 	return t.at("remove", name, func(fd int, base string) error { return unix.Unlinkat(fd, base, flags) })
 }
 
+// renamePatience is longer than the kernel's SMB client keeps files open that
+// were closed (mount.cifs(8), closetimeo: a second, unless it is set higher).
+const renamePatience = 5 * time.Second
+
+// rename waits a little when it is not permitted: a server of SMB renames no
+// directory in which a file is open.
 func (t tree) rename(from, to string) error {
+	for until := time.Now().Add(renamePatience); ; time.Sleep(100 * time.Millisecond) {
+		if err := t.tryRename(from, to); !errors.Is(err, unix.EACCES) || time.Now().After(until) {
+			return err
+		}
+	}
+}
+
+func (t tree) tryRename(from, to string) error {
 	return t.at("rename", from, func(oldDir int, oldBase string) error {
 		return t.at("rename to", to, func(newDir int, newBase string) error {
 			return unix.Renameat(oldDir, oldBase, newDir, newBase)

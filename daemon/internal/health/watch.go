@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/journal"
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
 	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
@@ -139,11 +140,12 @@ func (w *Watcher) Look(ctx context.Context, r catalog.Repository) State {
 }
 
 func (w *Watcher) tell(ctx context.Context, r catalog.Repository, state State, problem string) {
-	level := slog.LevelWarn
+	level, message := slog.LevelWarn, journal.RepositoryUnhealthy
 	if state == Online {
-		level = slog.LevelInfo
+		level, message = slog.LevelInfo, journal.RepositoryHealthy
 	}
-	w.Log.Log(ctx, level, fmt.Sprintf("repository %q is %s", r.Name, state), "repository", r.Name, "before", r.State, "problem", problem)
+	w.Log.Log(ctx, level, fmt.Sprintf("repository %q is %s", r.Name, state), journal.MessageID, message,
+		journal.Repository, r.Name, "state", string(state), "before", r.State, "problem", problem)
 }
 
 const stillHung = "its storage still does not answer"

@@ -100,7 +100,7 @@ func (m *merging) make(ctx context.Context) error {
 // prepare opens all that is merged, and makes the new manifest.
 func (m *merging) prepare() error {
 	var err error
-	if m.lineage, err = trace(m.repo, m.worker.spec.Domain, m.Into); err != nil {
+	if m.lineage, err = trace(m.repo, m.spec.Domain, m.Into); err != nil {
 		return inRepository(err)
 	}
 	kept := 1 + len(m.Drop)
@@ -170,7 +170,7 @@ func (d *mergedDisk) chooseCompression() {
 
 // copy writes what the merged images hold into the new one.
 func (d *mergedDisk) copy(ctx context.Context) error {
-	if err := d.diskCopy.open(ctx); err != nil {
+	if err := d.open(ctx); err != nil {
 		return err
 	}
 	for off := uint64(0); off < d.before.Size; off += windowSize {

@@ -150,12 +150,24 @@ func (s *Service) reachable(ctx context.Context, id string) error {
 		return err
 	}
 	// One that is hung is looked at by nobody but who watches it.
-	if r.State != string(health.Hung) && !s.repositoryInUse(id) && time.Since(r.Checked) > recheckAfter {
+	if r.State != string(health.Hung) && !s.repositoryInUse(id) && time.Since(r.Checked) > recheckAfter && s.recheck(id) {
 		if _, err := s.CheckRepository(ctx, bus.Caller{}, id, dbus.CheckRepositoryOptions{}); err != nil {
 			s.Log.Warn("cannot have a repository looked at again", "repository", r.Name, "error", err)
 		}
 	}
 	return inTheWay(true, "repository %q is away: %s", r.Name, r.Problem)
+}
+
+// recheck says whether schedules have not had a repository looked at lately: a
+// job that ends without having seen it would have the next one started at once.
+func (s *Service) recheck(id string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if time.Since(s.rechecked[id]) < recheckAfter {
+		return false
+	}
+	s.rechecked[id] = time.Now()
+	return true
 }
 
 // away tells whether a repository cannot be backed up to. One that is full may

@@ -80,6 +80,10 @@ func TestWhatAScheduleBacksUp(t *testing.T) {
 	blocked("no domains", catalog.Schedule{Offering: "empty"}, false, "no domain is assigned")
 	blocked("no offering", catalog.Schedule{Offering: "none"}, false, `offering "none" is gone`)
 
+	if !s.recheck("ID-nas") || s.recheck("ID-nas") || !s.recheck("ID-tape") {
+		t.Error("a repository is looked at again and again, or not at all")
+	}
+
 	// Its own schedules are what an offering is for, but not those of users.
 	none := false
 	change(dbus.OfferingOptions{Overrides: dbus.Overrides{Rights: dbus.Rights{AllowUserSchedules: &none}}})

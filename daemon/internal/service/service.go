@@ -87,6 +87,8 @@ type Service struct {
 	notifier bus.Notifier // nil until Notify
 	domains  map[string]hypervisor.Domain
 	libvirt  error // why domains may be out of date
+	// rechecked is when schedules last had a repository looked at, by its id.
+	rechecked map[string]time.Time
 }
 
 var _ bus.Backend = (*Service)(nil)
@@ -96,7 +98,7 @@ func New(d Deps) *Service {
 	if d.People == nil {
 		d.People = accounts
 	}
-	return &Service{Deps: d, started: time.Now(), config: d.Config, domains: map[string]hypervisor.Domain{}}
+	return &Service{Deps: d, started: time.Now(), config: d.Config, domains: map[string]hypervisor.Domain{}, rechecked: map[string]time.Time{}}
 }
 
 // Manager returns the state of the daemon.

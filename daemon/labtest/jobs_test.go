@@ -155,3 +155,26 @@ func TestRetryUntilTheRepositoryIsBack(t *testing.T) {
 	}
 	h.nothingLeft(g)
 }
+
+// TestStallIsToldAndEnded stops a worker just before it copies: that is told,
+// the try is ended, and the next one makes the backup.
+func TestStallIsToldAndEnded(t *testing.T) {
+	configure(t, "[jobs]\nstall_limit = \"6s\"\nretry_delay = \"1s\"\n")
+	h := newHost(t)
+	g := startBare(t, "stall", bareDisk(t, "vda", "qcow2", ""))
+	goOn := stopWorkers(t)
+	o := suspended()
+	o.Attempts = new(uint32(2))
+	job := h.start(g, o)
+	h.waits(job, "makes no progress since ")
+	p := h.waits(job, "try 2 of 2 is at ")
+	goOn()
+	if p.Error != dbus.ErrStalled || !strings.Contains(p.ErrorMessage, "no progress for 6s") {
+		t.Errorf("got %+v", p)
+	}
+	if p = h.end(job); p.Attempt != 2 {
+		t.Errorf("got %+v", p)
+	}
+	h.made(p)
+	h.nothingLeft(g)
+}

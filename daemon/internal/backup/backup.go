@@ -240,7 +240,7 @@ func (r *run) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := worker.Ready(ctx, r.progress); err != nil {
+	if err := worker.Ready(ctx, func(s transfer.Status) { errand.Progress(r.job, s) }); err != nil {
 		return failure.Worker(ctx, r.Plan.Repository.Name, err)
 	}
 	return r.source().begin(ctx)
@@ -256,8 +256,6 @@ func (r *run) discardLost(ctx context.Context) error {
 	_, err = r.ask(ctx, transfer.OperationDiscard)
 	return err
 }
-
-func (r *run) progress(s transfer.Status) { errand.Progress(r.job, s) }
 
 // settled is a context for what must be done also when the job has been
 // cancelled meanwhile; only the daemon's going down ends it.

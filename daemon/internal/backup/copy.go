@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
@@ -67,19 +68,25 @@ func (r *run) follow(ctx context.Context, worker *supervise.Worker) (*transfer.R
 		// An error here is met again when the backup is finished or undone.
 		tasks.Go(func() { _ = r.source().end(following) })
 	})
+	var confirmed atomic.Bool
 	confirm := sync.OnceFunc(func() {
 		tasks.Go(func() {
 			err := r.source().confirm(following)
 			if err == nil {
 				err = worker.Confirm()
 			}
+			confirmed.Store(err == nil)
 			if err != nil {
 				abort(err)
 			}
 		})
 	})
 	result, err := worker.Follow(following, func(s transfer.Status) {
-		r.progress(s)
+		if s.Phase == transfer.PhaseConfirming && !confirmed.Load() {
+			r.job.Waits(s.Phase) // for us
+		} else {
+			r.job.Progress(s.Phase, s.Done, s.Total)
+		}
 		if copied(s) {
 			end()
 		}

@@ -97,9 +97,9 @@ func (s Sender) Run(ctx context.Context, h *job.Handle, r catalog.Repository, sp
 // PhaseFinishing is what the daemon does after the worker, with limits of its own.
 const PhaseFinishing = "finishing"
 
-// Progress tells for a job what its worker does. In some phases it waits for us.
+// Progress tells for a job what its worker does. When it is ready, it waits for us.
 func Progress(h *job.Handle, st transfer.Status) {
-	if st.Phase == transfer.PhaseReady || st.Phase == transfer.PhaseConfirming {
+	if st.Phase == transfer.PhaseReady {
 		h.Waits(st.Phase)
 		return
 	}

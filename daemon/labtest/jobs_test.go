@@ -176,5 +176,7 @@ func TestStallIsToldAndEnded(t *testing.T) {
 		t.Errorf("got %+v", p)
 	}
 	h.made(p)
-	h.nothingLeft(g)
+	eventually(t, "nothing is left of the tries", func() error {
+		return errors.Join(h.noJob(), noFiles(), noUnits(), h.noGarbage())
+	})
 }

@@ -18,10 +18,13 @@ import (
 // limit bounds every wait; no test measures time by it.
 const limit = 3 * time.Minute
 
-// settings have storage looked at often, and let go soon.
+// settings let go of storage soon, and look again soon at what is not online.
 const settings = `[repositories]
 unmount_after = "2s"
 mount_timeout = "20s"
+look_every = "5s"
+look_idle = "1h"
+hung_after = "10s"
 `
 
 func TestMain(m *testing.M) {

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"time"
 
@@ -121,7 +122,7 @@ func (k Prune) Run(ctx context.Context, h *job.Handle) error {
 // marked as being deleted is removed by the next prune. It clears up after a
 // worker that died, and records a merge that came through all the same.
 func (k Prune) Undo(ctx context.Context, h *job.Handle) error {
-	if h.Job().Step != stepMerging {
+	if h.Job().Step == "" {
 		return nil
 	}
 	r := &run{Prune: k, job: h}
@@ -132,13 +133,18 @@ func (k Prune) Undo(ctx context.Context, h *job.Handle) error {
 	if err := json.Unmarshal(h.Job().StepData, &r.data); err != nil {
 		return fmt.Errorf("cannot read the job's step: %w", err)
 	}
-	into := r.data.Merge.Into
+	// In the names of these there may be half a deletion, files of a merge, and a claim.
+	touched := append(slices.Clone(r.data.Delete), h.Job().ID)
+	if r.data.Merge != nil {
+		touched = append(touched, r.data.Merge.Into)
+	}
 	_, err = k.Errand.Run(ctx, h, r.repository, transfer.Spec{
-		Operation: transfer.OperationDiscard, Domain: h.Job().Domain, Backups: []string{into, h.Job().ID},
+		Operation: transfer.OperationDiscard, Domain: h.Job().Domain, Backups: touched,
 	})
-	if err != nil {
+	if err != nil || r.data.Merge == nil {
 		return err
 	}
+	into := r.data.Merge.Into
 	found, err := k.Errand.Run(ctx, h, r.repository, transfer.Spec{Operation: transfer.OperationList, Domain: h.Job().Domain})
 	if err != nil {
 		return err

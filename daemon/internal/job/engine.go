@@ -130,8 +130,8 @@ func (e *Engine) Submit(ctx context.Context, r Request) (Status, error) {
 	defer e.mu.Unlock()
 	en := e.newEntry(j)
 	e.queue = append(e.queue, en)
+	e.dispatch() // which knows why it waits
 	e.publish(en)
-	e.dispatch()
 	return en.status(), nil
 }
 

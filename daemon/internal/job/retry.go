@@ -53,7 +53,7 @@ func (e *Engine) tryAgain(en *entry, kind Kind, h *Handle, why failure) bool {
 	en.job.State = catalog.JobQueued
 	at, _ := slices.BinarySearchFunc(e.queue, en.job.ID, func(other *entry, id string) int { return strings.Compare(other.job.ID, id) })
 	e.queue = slices.Insert(e.queue, at, en)
+	e.dispatch() // which knows why it waits
 	e.publish(en)
-	e.dispatch()
 	return true
 }

@@ -95,8 +95,8 @@ func (e *Engine) Stop() {
 	e.mu.Lock()
 	e.started = false
 	e.wakeAt(time.Time{})
+	e.detach(ErrDetach) // at once: a job that is refused another one must see why
 	e.mu.Unlock()
-	e.detach(ErrDetach)
 	e.tasks.Wait()
 	e.mu.Lock()
 	defer e.mu.Unlock()

@@ -45,7 +45,8 @@ func TestHealthIsTold(t *testing.T) {
 	h := newHostAt(t, makeDirectory(t, filepath.Join(point, filepath.Base(point))))
 	h.becomes(dbus.RepositoryOnline)
 	filler := filepath.Join(point, "filler")
-	_ = exec.Command("dd", "if=/dev/zero", "of="+filler, "bs=64k").Run() // until no space is left
+	// Until no space is left: ext4 keeps some back while it does not know yet where the data goes.
+	command(t, "", "sh", "-c", "for i in 1 2 3; do dd if=/dev/zero bs=4k 2>/dev/null >>"+filler+"; sync; done")
 	h.becomes(dbus.RepositoryFull)
 	if err := os.Remove(filler); err != nil {
 		t.Fatal(err)
@@ -113,7 +114,7 @@ func TestHealthOfStorageThatHangs(t *testing.T) {
 	hung.becomes(dbus.RepositoryOnline)
 	stop()
 	hung.becomes(dbus.RepositoryHung)
-	if out, err := exec.Command("sh", "-c", "ps -eo stat,comm | grep '^D.*virtbackup-work'").CombinedOutput(); err != nil {
+	if out, err := exec.Command("sh", "-c", "ps -eLo stat,comm | grep '^D.*virtbackup-work'").CombinedOutput(); err != nil {
 		t.Errorf("nothing hangs: %v: %s", err, out)
 	}
 	refuses(t, "a backup to it", hung.try(g, dbus.BackupOptions{}), dbus.ErrRepositoryUnavailable, "does not answer", hung.offering)

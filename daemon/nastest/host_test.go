@@ -20,7 +20,7 @@ const limit = 3 * time.Minute
 
 // settings let go of storage soon, and look again soon at what is not online.
 const settings = `[repositories]
-unmount_after = "2s"
+unmount_after = "15s"
 mount_timeout = "20s"
 look_every = "5s"
 look_idle = "1h"

@@ -230,6 +230,10 @@ func (b *backup) commit(ctx context.Context) error {
 	m := &b.Manifest
 	for _, d := range b.disks {
 		m.Files = append(m.Files, d.digestFile)
+		// A server of SMB renames no directory in which a file is open.
+		if err := closeAll(&d.image, &d.digests); err != nil {
+			return inDisk(d.spec.Target, classify(ClassRepository, err))
+		}
 	}
 	m.Finished = time.Now().UnixMicro()
 	name, err := os.Hostname()

@@ -37,7 +37,7 @@ func (c *Catalog) BeginDelete(ctx context.Context, ids []string, step Step) erro
 				return err
 			}
 		}
-		if err := noneBuildsOnDeleting(ctx, tx); err != nil {
+		if err := noneBuildsOn(ctx, tx, ids); err != nil {
 			return err
 		}
 		for id := range ended {
@@ -49,9 +49,11 @@ func (c *Catalog) BeginDelete(ctx context.Context, ids []string, step Step) erro
 	})
 }
 
-func noneBuildsOnDeleting(ctx context.Context, tx *sql.Tx) error {
+func noneBuildsOn(ctx context.Context, tx *sql.Tx, ids []string) error {
+	var q conditions
+	oneOf(&q, "parent.id", ids)
 	children, err := collect(ctx, tx, scanString, `SELECT child.id FROM backups AS child JOIN backups AS parent ON child.parent = parent.id
-		WHERE parent.state = 'deleting' AND child.state <> 'deleting' ORDER BY child.id`)
+		AND parent.state = 'deleting' AND child.state <> 'deleting'`+q.where()+" ORDER BY child.id", q.args...)
 	if err != nil {
 		return err
 	}

@@ -60,12 +60,17 @@ func (c *Catalog) ImportBackup(ctx context.Context, b Backup) error {
 		}
 		if b.Parent != "" {
 			var state chain.BackupState
-			err := tx.QueryRowContext(ctx, "SELECT state FROM backups WHERE id = ?", b.Parent).Scan(&state)
+			var pin string
+			err := tx.QueryRowContext(ctx, "SELECT state, pin FROM backups WHERE id = ?", b.Parent).Scan(&state, &pin)
 			switch {
 			case errors.Is(err, sql.ErrNoRows):
 				return fmt.Errorf("it builds on backup %s, which is not known: %w", b.Parent, ErrState)
 			case err != nil:
 				return err
+			case state == chain.Deleting || state == chain.Running:
+				return fmt.Errorf("it builds on backup %s, which is %s: %w", b.Parent, state, ErrState)
+			case b.Pin != "" && pin == "":
+				return fmt.Errorf("another host's, it builds on backup %s, which is this host's: %w", b.Parent, ErrState)
 			case state != chain.Complete && b.State == chain.Complete:
 				b.State, b.Error = chain.Damaged, "its parent is "+string(state)
 			}
@@ -82,8 +87,9 @@ func (c *Catalog) ImportBackup(ctx context.Context, b Backup) error {
 		}
 		_, err := tx.ExecContext(ctx, `UPDATE backups SET chain = ?, state = ?, error = ?, finished = ?, manifest = ?, held = ?, shortfall = ?, pin = ?,
 			stored_bytes = (SELECT sum(stored_bytes) FROM images WHERE backup = ?9), data_bytes = (SELECT sum(data_bytes) FROM images WHERE backup = ?9),
-			sequence = (SELECT max(sequence) + 1 FROM backups) WHERE id = ?9`,
-			id, b.State, b.Error, toMicro(b.Finished), string(b.Manifest), b.Held.Microseconds(), b.Shortfall, b.Pin, b.ID)
+			sequence = coalesce((SELECT min(sequence) FROM backups WHERE domain = ?10 AND repository = ?11 AND id > ?9 AND sequence > 0),
+				(SELECT max(sequence) + 1 FROM backups)) WHERE id = ?9`, // one that is found late is no newer for that
+			id, b.State, b.Error, toMicro(b.Finished), string(b.Manifest), b.Held.Microseconds(), b.Shortfall, b.Pin, b.ID, b.Domain, b.Repository)
 		return err
 	})
 }
@@ -98,6 +104,14 @@ func importChain(ctx context.Context, tx *sql.Tx, b Backup) error {
 	}
 	open := !b.Isolated && b.Pin == "" && b.State == chain.Complete
 	if known {
+		var ours bool
+		err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT 1 FROM backups WHERE chain = ? AND (pin = '') <> (? = ''))", b.Chain, b.Pin).Scan(&ours)
+		if err != nil {
+			return err
+		}
+		if ours {
+			return fmt.Errorf("its chain %s is of more than one host: %w", b.Chain, ErrState)
+		}
 		if !open && b.State != chain.Complete {
 			return endChain(ctx, tx, b.Chain, chain.Broken, chain.ParentDamaged)
 		}

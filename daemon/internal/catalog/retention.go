@@ -86,8 +86,16 @@ func mergeable(ctx context.Context, tx *sql.Tx, m chain.Merge) error {
 	if err != nil {
 		return err
 	}
-	at := into.Parent
+	at, above := into.Parent, m.Into
 	for _, id := range m.Drop {
+		var others string
+		err := tx.QueryRowContext(ctx, "SELECT coalesce(group_concat(id, ' '), '') FROM backups WHERE parent = ? AND id <> ?", id, above).Scan(&others)
+		if err != nil {
+			return err
+		}
+		if others != "" {
+			return fmt.Errorf("on backup %s builds %s as well: %w", id, others, ErrInUse)
+		}
 		b, err := oneBackup(ctx, tx, id)
 		switch {
 		case err != nil:
@@ -97,7 +105,7 @@ func mergeable(ctx context.Context, tx *sql.Tx, m chain.Merge) error {
 		case b.Hold != "":
 			return fmt.Errorf("backup %s is held (%s): %w", id, b.Hold, ErrInUse)
 		}
-		at = b.Parent
+		at, above = b.Parent, id
 	}
 	if at != m.Base {
 		return fmt.Errorf("the backups stand on %q and not on %q: %w", at, m.Base, ErrState)

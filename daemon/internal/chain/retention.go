@@ -85,7 +85,9 @@ func (p RetentionPlan) AtMost(most int) RetentionPlan {
 // the clock jumps, and what was made in a wrong year does not count for ever.
 func PlanRetention(points []Point, r Retention, zone *time.Location) RetentionPlan {
 	p := RetentionPlan{Keep: map[string][]string{}}
-	all := slices.SortedFunc(slices.Values(points), func(a, b Point) int { return cmp.Compare(b.Sequence, a.Sequence) })
+	all := slices.SortedFunc(slices.Values(points), func(a, b Point) int {
+		return cmp.Or(cmp.Compare(b.Sequence, a.Sequence), cmp.Compare(b.ID, a.ID))
+	})
 	complete := slices.DeleteFunc(slices.Clone(all), func(b Point) bool { return b.State != Complete })
 	for _, b := range all {
 		switch {
@@ -153,9 +155,13 @@ func (p *RetentionPlan) remove(newestFirst []Point) {
 	byID, child := map[string]Point{}, map[string]string{}
 	for _, b := range newestFirst {
 		byID[b.ID] = b
-		if b.Parent != "" {
-			child[b.Parent] = b.ID
+		if b.Parent == "" {
+			continue
 		}
+		if child[b.Parent] != "" { // as after a catalog was lost in the middle of a merge
+			p.keep(b.Parent, "several backups build on it")
+		}
+		child[b.Parent] = b.ID
 	}
 	goes := func(id string) bool { b, there := byID[id]; return there && len(p.Keep[b.ID]) == 0 }
 	for _, b := range slices.Backward(newestFirst) {

@@ -196,3 +196,14 @@ func TestRetentionPlansFit(t *testing.T) {
 		}
 	})
 }
+
+// Two backups that build on one, as after a catalog was lost in the middle of a
+// merge: what both stand on stays.
+func TestRetentionKeepsWhatSeveralBuildOn(t *testing.T) {
+	points := draw("F i i i i")
+	points[3].Parent = points[1].ID // beside points[2]
+	p := PlanRetention(points, Retention{Last: 3}, time.UTC)
+	if len(p.Keep["b1"]) == 0 || drawn(p) != `merge b0 into b1 on ""` {
+		t.Errorf("%s, kept %v", drawn(p), p.Keep)
+	}
+}

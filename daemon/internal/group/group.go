@@ -12,8 +12,11 @@ import (
 	"strings"
 	"time"
 
+	"github.com/oklog/ulid/v2"
+
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
+	"github.com/virtbackup/virtbackup/dbus"
 )
 
 // KindName is the name under which the Kind is to be registered with the engine.
@@ -130,8 +133,13 @@ const roomEach = time.Second
 // submit starts one job. When there are too many, it waits until there are not.
 func submit(ctx context.Context, h *job.Handle, m Member) (string, error) {
 	for {
+		backup := m.Backup
+		if m.Kind == string(dbus.OperationBackup) {
+			// As new as the job: what clears up after dead jobs, and the rules of chains, go by its age.
+			backup = ulid.Make().String()
+		}
 		st, err := h.Submit(ctx, job.Request{
-			Kind: m.Kind, Domain: m.Domain, Repository: m.Repository, Backup: m.Backup, Spec: m.Spec, Attempts: m.Attempts,
+			Kind: m.Kind, Domain: m.Domain, Repository: m.Repository, Backup: backup, Spec: m.Spec, Attempts: m.Attempts,
 		})
 		if !errors.Is(err, job.ErrTooMany) {
 			return st.ID, err

@@ -34,7 +34,7 @@ type Kind interface {
 	Run(ctx context.Context, h *Handle) error
 	// Undo clears up after Run failed or was cancelled, and tells why by
 	// Handle.Failure. It is called again after a restart, so it has to bear that.
-	// Its context ends only when the daemon goes down.
+	// Its context ends when the daemon goes down, or when it takes too long.
 	Undo(ctx context.Context, h *Handle) error
 }
 

@@ -14,6 +14,10 @@ import (
 // that failed: the disk may be full, and a job's end must not be lost.
 const retryInterval = 2 * time.Second
 
+// undoLimit bounds how long it takes to clear up after a job, as on storage that
+// does not answer any more. What is left is collected later.
+const undoLimit = time.Hour
+
 // failure is why a job does not succeed.
 type failure struct {
 	name  string
@@ -87,7 +91,9 @@ func (e *Engine) undo(en *entry, kind Kind, why failure) {
 	e.mu.Lock()
 	en.waiting, en.meter.moved = "", time.Time{}
 	e.mu.Unlock()
-	err = guard(h, func() error { return kind.Undo(e.base, h) })
+	ctx, cancel := context.WithTimeoutCause(e.base, undoLimit, fmt.Errorf("not done within %v", undoLimit))
+	defer cancel()
+	err = guard(h, func() error { return kind.Undo(ctx, h) })
 	if err != nil && e.base.Err() != nil {
 		return
 	}

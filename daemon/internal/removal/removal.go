@@ -42,6 +42,14 @@ func (k Delete) Run(ctx context.Context, h *job.Handle) error {
 	if err != nil {
 		return failure.Named(err)
 	}
+	// A try before this one may have got some away.
+	r.Backups = slices.DeleteFunc(r.Backups, func(id string) bool {
+		_, err := k.Catalog.Backup(ctx, id)
+		return errors.Is(err, catalog.ErrNotFound) && h.Job().Attempt > 1
+	})
+	if len(r.Backups) == 0 {
+		return nil
+	}
 	if h.Job().Step == "" {
 		step, err := h.NewStep(stepDeleting, nil)
 		if err != nil {

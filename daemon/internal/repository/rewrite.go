@@ -209,6 +209,20 @@ func (r *Repository) settleFiles(domain, backup string, keep func(job string) bo
 	case m.Host != r.host:
 		return nil
 	}
+	// A rename that hung may still give a manifest its name: not any more once it
+	// is gone; and when it has just done so, all is to be looked at again.
+	for _, file := range names {
+		if name, _, _ := parseGeneration(file); name != manifestName {
+			continue
+		}
+		err := r.tree.remove(dir+"/"+file, 0)
+		if errors.Is(err, unix.ENOENT) {
+			return r.settleFiles(domain, backup, keep)
+		}
+		if err != nil {
+			return err
+		}
+	}
 	// The manifest must last before anything is done because of it.
 	if err := r.tree.sync(dir); err != nil {
 		return err

@@ -21,6 +21,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/journal"
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
+	"github.com/virtbackup/virtbackup/daemon/internal/verification"
 	"github.com/virtbackup/virtbackup/dbus"
 )
 
@@ -55,6 +56,13 @@ type found struct {
 	backups    []transfer.BackupState // what others build on comes before them
 }
 
+const stepLooking = "looking"
+
+// stepData is what was known before the worker looked.
+type stepData struct {
+	Known map[string]chain.BackupState `json:"known"`
+}
+
 func look(ctx context.Context, h *job.Handle, c *catalog.Catalog, e errand.Sender) (found, error) {
 	var f found
 	if err := json.Unmarshal(h.Job().Spec, &f.request); err != nil {
@@ -64,9 +72,19 @@ func look(ctx context.Context, h *job.Handle, c *catalog.Catalog, e errand.Sende
 	if f.repository, err = c.Repository(ctx, h.Job().Repository); err != nil {
 		return f, failure.Named(err)
 	}
-	before, err := c.KnownBackups(ctx, f.repository.ID)
-	if err != nil {
-		return f, err
+	// Kept, for the worker may be that of a daemon before this one.
+	var before stepData
+	if h.Job().Step == "" {
+		known, err := c.KnownBackups(ctx, f.repository.ID)
+		if err != nil {
+			return f, err
+		}
+		before.Known = known
+		if err := h.Step(ctx, stepLooking, before); err != nil {
+			return f, err
+		}
+	} else if err := json.Unmarshal(h.Job().StepData, &before); err != nil {
+		return f, fmt.Errorf("cannot read the job's step: %w", err)
 	}
 	result, err := e.Run(ctx, h, f.repository, transfer.Spec{Operation: transfer.OperationInspect, Depth: f.request.Depth})
 	if err != nil {
@@ -81,8 +99,14 @@ func look(ctx context.Context, h *job.Handle, c *catalog.Catalog, e errand.Sende
 	// Other jobs went on meanwhile: what was committed since may not have been seen.
 	f.settled = map[string]bool{}
 	for id, state := range f.known {
-		f.settled[id] = state == chain.Complete && before[id] == chain.Complete
+		f.settled[id] = state == chain.Complete && before.Known[id] == chain.Complete
 	}
+	// What was deleted or made since is not for a scan to bring back, or to take from its job.
+	f.backups = slices.DeleteFunc(f.backups, func(b transfer.BackupState) bool {
+		_, was := before.Known[b.Backup]
+		_, is := f.known[b.Backup]
+		return was && !is || !is && b.Pin == "" && b.Backup > h.Job().ID
+	})
 	return f, nil
 }
 
@@ -249,9 +273,12 @@ func (k Inspect) Run(ctx context.Context, h *job.Handle) error {
 			continue
 		case !f.settled[b.Backup]:
 			continue
+		case b.Pin != "": // not one that is trusted, or it would have none
+			bad = append(bad, b.Backup)
+			err = k.damaged(recording, h, b.Backup, "its manifest is not the one that was trusted")
 		case b.Error == nil && f.request.Depth == transfer.DepthDigests:
 			err = k.Catalog.VerifiedBackup(recording, b.Backup, now)
-		case b.Error != nil && b.Error.Class != transfer.ClassRepository:
+		case b.Error != nil && verification.Damage(b.Error.Class):
 			bad = append(bad, b.Backup)
 			err = k.damaged(recording, h, b.Backup, b.Error.Message)
 		}

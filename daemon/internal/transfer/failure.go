@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -57,10 +58,23 @@ func failure(ctx context.Context, err error) *Failure {
 	case errors.As(err, &place):
 		class = place.class
 	}
+	// Storage that does not answer says nothing of what is stored.
+	if slices.Contains([]Class{ClassVerification, ClassManifest, ClassParent, ClassMissing}, class) && unreachable(err) {
+		class = ClassRepository
+	}
 	if class == ClassRepository && (errors.Is(err, repository.ErrNoSpace) || errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)) {
 		class = ClassFull
 	}
 	return &Failure{class, err.Error()}
+}
+
+// unreachable tells whether an error is that of a way to storage, or of a lack of
+// something here. EIO is not: that is what a bad disk says.
+func unreachable(err error) bool {
+	return slices.ContainsFunc([]error{
+		unix.ESTALE, unix.ETIMEDOUT, unix.ENOTCONN, unix.EHOSTDOWN, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.ENETDOWN,
+		unix.ECONNREFUSED, unix.ECONNRESET, unix.ECONNABORTED, unix.EACCES, unix.EPERM, unix.ENOMEM, unix.EMFILE, unix.ENFILE,
+	}, func(errno error) bool { return errors.Is(err, errno) })
 }
 
 func sentinelOf(err error) Class {

@@ -74,7 +74,7 @@ func verdict(repository string, found []transfer.BackupState) error {
 	}
 	name, first := dbus.ErrRepositoryUnavailable, bad[0]
 	for _, b := range bad {
-		if damage(b.Error.Class) {
+		if Damage(b.Error.Class) {
 			name, first = dbus.ErrDamaged, b
 		}
 	}
@@ -89,7 +89,7 @@ func (k Verify) record(ctx context.Context, h *job.Handle, found []transfer.Back
 		switch {
 		case b.Error == nil:
 			err = k.Catalog.VerifiedBackup(ctx, b.Backup, now)
-		case damage(b.Error.Class):
+		case Damage(b.Error.Class):
 			h.Log(ctx, slog.LevelError, fmt.Sprintf("backup %s is %s: %s", b.Backup, word(b.Error.Class), b.Error.Message),
 				journal.MessageID, journal.BackupDamaged, "damaged", b.Backup, "detail", b.Error.Message)
 			err = k.Catalog.DamagedBackup(ctx, b.Backup, b.Error.Message)
@@ -110,9 +110,9 @@ func word(c transfer.Class) string {
 	return "damaged"
 }
 
-// damage tells whether a failure is about what is stored; a share that does not
+// Damage tells whether a failure is about what is stored; a share that does not
 // answer says nothing about the backups in it.
-func damage(c transfer.Class) bool {
+func Damage(c transfer.Class) bool {
 	return c == transfer.ClassVerification || c == transfer.ClassManifest || c == transfer.ClassParent || c == transfer.ClassMissing
 }
 

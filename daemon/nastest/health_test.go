@@ -4,9 +4,7 @@ package nastest
 
 import (
 	"fmt"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"testing"
 	"time"
 
@@ -61,23 +59,4 @@ func TestServerThatIsGone(t *testing.T) {
 	second := change(t, "without-server", "write -q -P 2 512k 1M")
 	r.restoresTo(a, first)
 	r.restoresTo(r.backUp("without-server"), second)
-}
-
-// TestShareThatIsFull fills a share.
-func TestShareThatIsFull(t *testing.T) {
-	point := volume(t, "full", 16)
-	r := add(t, "full", serveNFS(t, point), "--type", "nfs", "-o", "vers=4.2")
-	newDomain(t, "filling", "8M")
-	want := change(t, "filling", "write -q -P 1 0 4M")
-	filler := filepath.Join(point, "filler")
-	_ = exec.Command("dd", "if=/dev/zero", "of="+filler, "bs=64k").Run() // until no space is left
-	r.becomes(dbus.RepositoryFull)
-	if out, err := ctl("backup", "filling", "--offering", r.name); err == nil {
-		t.Errorf("a backup to it was made: %s", out)
-	}
-	if err := os.Remove(filler); err != nil {
-		t.Fatal(err)
-	}
-	r.becomes(dbus.RepositoryOnline)
-	r.restoresTo(r.backUp("filling"), want)
 }

@@ -228,7 +228,13 @@ func (r *Repository) removeBackup(domain, backup string) error {
 			return err
 		}
 	}
-	return r.tree.removeAll(away)
+	// It is gone. A directory is not empty while somebody reads what was in it, on
+	// NFS: that is collected later.
+	err := r.tree.removeAll(away)
+	if errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) {
+		return nil
+	}
+	return err
 }
 
 func (r *Repository) deletable(domain, backup string) error {

@@ -95,10 +95,30 @@ func (Systemd) Mount(ctx context.Context, m Mount) error {
 		}
 	}
 	done := make(chan string, 1)
-	if _, err := conn.StartTransientUnitContext(ctx, name, "fail", m.properties(), done); err != nil {
+	_, err = conn.StartTransientUnitContext(ctx, name, "fail", m.properties(), done)
+	if errorName(err) == unitExists {
+		err = m.again(ctx, conn, name, done)
+	}
+	if err != nil {
 		return fmt.Errorf("cannot mount %s: %w", m.Where, err)
 	}
 	return settle(ctx, conn, name, "mount "+m.Where, done)
+}
+
+const unitExists = "org.freedesktop.systemd1.UnitExists"
+
+// again starts the unit of an earlier mount, which systemd keeps as long as something refers to it: a worker that is
+// being ended, or a mount(8) that hangs.
+func (m Mount) again(ctx context.Context, conn *systemd.Conn, name string, done chan<- string) error {
+	is, err := conn.GetUnitTypePropertiesContext(ctx, name, "Mount")
+	if err != nil {
+		return err
+	}
+	if is["What"] != m.What || is["Type"] != m.Type || is["Options"] != m.Options {
+		return fmt.Errorf("systemd still knows an earlier mount there, of %v: it is forgotten when nothing uses it any more", is["What"])
+	}
+	_, err = conn.StartUnitContext(ctx, name, "fail", done)
+	return err
 }
 
 func (m Mount) properties() []systemd.Property {

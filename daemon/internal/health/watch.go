@@ -148,6 +148,9 @@ func (w *Watcher) tell(ctx context.Context, r catalog.Repository, state State, p
 		journal.Repository, r.Name, "state", string(state), "before", r.State, "problem", problem)
 }
 
+// ErrHung says that a repository's storage does not answer.
+var ErrHung = errors.New("its storage does not answer")
+
 const stillHung = "its storage still does not answer"
 
 // look has a probe look. What could not be found out stays as it was.
@@ -160,7 +163,9 @@ func (w *Watcher) look(ctx context.Context, r catalog.Repository) (Look, catalog
 		return look, found
 	}
 	if _, err := w.Storage.Visit(ctx, r); err != nil {
-		look.Gone, look.Problem = true, err.Error()
+		look.Problem = err.Error()
+		look.Hung = errors.Is(err, ErrHung)
+		look.Gone = !look.Hung
 		return look, found
 	}
 	limit := w.Settings().Limit

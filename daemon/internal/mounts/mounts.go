@@ -177,6 +177,9 @@ func (k *Keeper) mount(ctx context.Context, r catalog.Repository) error {
 		k.Log.Info("mounted the storage of a repository", "repository", r.Name, "address", r.Address)
 		return nil
 	}
+	if errors.Is(err, mountunit.ErrTimeout) {
+		return fmt.Errorf("cannot mount %s: %w: %w", r.Address, ErrHung, err)
+	}
 	if why := lastLine(said); why != "" {
 		return fmt.Errorf("cannot mount %s: %s", r.Address, why)
 	}
@@ -215,7 +218,7 @@ func lastLine(path string) string {
 
 // ErrHung says that a repository's storage does not answer: nothing is begun with
 // it that would hang as well.
-var ErrHung = errors.New("its storage does not answer")
+var ErrHung = health.ErrHung
 
 // ErrBusy says that a job uses the storage.
 var ErrBusy = errors.New("a job uses the storage")

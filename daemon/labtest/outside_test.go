@@ -53,6 +53,11 @@ func TestFailureIsTold(t *testing.T) {
 		t.Cleanup(func() { os.Remove(path) })
 	}
 	command(t, "", "systemctl", "daemon-reload")
+	// Those of other tests' domains stay.
+	units := func() string {
+		return command(t, "", "systemctl", "list-units", "--all", "--no-legend", "--plain", "virtbackup-failed@*")
+	}
+	others := units()
 	h.backup(g, dbus.BackupOptions{})
 	away := func() { command(t, "", "mv", h.path, h.path+".away") }
 	back := func() { command(t, "", "mv", h.path+".away", h.path) }
@@ -87,7 +92,7 @@ func TestFailureIsTold(t *testing.T) {
 	done := h.end(h.start(g, dbus.BackupOptions{}))
 	h.made(done)
 	eventually(t, "a success clears it", func() error {
-		return so(command(t, "", "systemctl", "list-units", "--all", "--no-legend", "--plain", "virtbackup-failed@*") == "")
+		return so(units() == others)
 	})
 	if out := command(t, "", "journalctl", "--no-pager", "--output=cat", "MESSAGE_ID="+messageBackupSucceeded, "VIRTBACKUP_JOB="+done.ID); out == "" {
 		t.Error("the journal does not tell of the success")

@@ -66,7 +66,11 @@ func (h *host) everything(g *guest) string {
 		h.t.Fatal(err)
 	}
 	var text strings.Builder
-	fmt.Fprintln(&text, o.Repositories, o.Offerings, o.Schedules, len(o.Jobs))
+	for _, r := range o.Repositories {
+		// What is found of storage changes by itself.
+		fmt.Fprintln(&text, r.ID, r.Name, r.Type, r.Path, r.Address, r.MountOptions, r.MinimumFree, r.Created)
+	}
+	fmt.Fprintln(&text, o.Offerings, o.Schedules, len(o.Jobs))
 	for c, err := range h.Chains(h.t.Context(), dbus.ChainFilter{Domain: g.uuid}) {
 		fmt.Fprintln(&text, c, err)
 	}

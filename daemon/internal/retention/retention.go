@@ -33,18 +33,19 @@ type Request struct {
 // Policy returns what a domain's backups are kept by.
 type Policy func(ctx context.Context, domain string) (chain.Retention, error)
 
-// Plan says what becomes of the backups of a domain in a repository.
-func Plan(ctx context.Context, c *catalog.Catalog, domain, repository string, r chain.Retention) (chain.RetentionPlan, error) {
+// Plan says what becomes of the backups of a domain in a repository, and which
+// there are, in the order in which they were committed.
+func Plan(ctx context.Context, c *catalog.Catalog, domain, repository string, r chain.Retention) (chain.RetentionPlan, []catalog.Backup, error) {
 	backups, err := c.PlaceBackups(ctx, domain, repository)
 	if err != nil {
-		return chain.RetentionPlan{}, err
+		return chain.RetentionPlan{}, nil, err
 	}
 	base := ""
 	head, err := c.LatestChain(ctx, domain, repository)
 	switch {
 	case errors.Is(err, catalog.ErrNotFound):
 	case err != nil:
-		return chain.RetentionPlan{}, err
+		return chain.RetentionPlan{}, nil, err
 	case head.State == chain.Open && head.Tip != nil:
 		base = head.Tip.ID
 	}
@@ -52,7 +53,7 @@ func Plan(ctx context.Context, c *catalog.Catalog, domain, repository string, r 
 	for _, b := range backups {
 		points = append(points, chain.Point{Backup: b.Link(), Sequence: b.Sequence, Created: b.Created, Hold: b.Hold != "" || b.Pin != "", Base: b.ID == base})
 	}
-	return chain.PlanRetention(points, r, time.Local), nil
+	return chain.PlanRetention(points, r, time.Local), backups, nil
 }
 
 // Prune is the kind of job that does it.
@@ -207,7 +208,7 @@ func (r *run) next(ctx context.Context) (more bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	plan, err := Plan(ctx, r.Catalog, r.job.Job().Domain, r.repository.ID, policy)
+	plan, _, err := Plan(ctx, r.Catalog, r.job.Job().Domain, r.repository.ID, policy)
 	if err != nil {
 		return false, err
 	}

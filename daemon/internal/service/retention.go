@@ -63,11 +63,7 @@ func (s *Service) planPrune(ctx context.Context, uuid, repository string) (all [
 	if err != nil {
 		return nil, 0, err
 	}
-	plan, err := retention.Plan(ctx, s.Catalog, uuid, repository, policy)
-	if err != nil {
-		return nil, 0, err
-	}
-	backups, err := s.Catalog.PlaceBackups(ctx, uuid, repository)
+	plan, backups, err := retention.Plan(ctx, s.Catalog, uuid, repository, policy)
 	if err != nil {
 		return nil, 0, err
 	}

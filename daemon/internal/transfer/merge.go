@@ -293,10 +293,6 @@ func (d *mergedDisk) walk(emit func(*merged) error) error {
 	return gap(d.before.Size)
 }
 
-func (d *mergedDisk) flush(ctx context.Context) error { return d.diskCopy.flush(ctx) }
-
-func (d *mergedDisk) verify(ctx context.Context) error { return d.diskCopy.verify(ctx) }
-
 // commit exchanges the files.
 func (m *merging) commit(ctx context.Context) error {
 	if err := m.status.enter(PhaseCommitting); err != nil {

@@ -57,6 +57,7 @@ type Job struct {
 	Parent       string    // id of the group that it is of; "" for none
 	Attempts     int       // how often it may be tried
 	Attempt      int       // how often it was begun
+	Yielded      int       // how often it gave way to another one of its domain
 	Again        bool      // while it is undone: it is to be tried again then
 	NextTry      time.Time // not before
 	Created      time.Time
@@ -77,12 +78,12 @@ type Message struct {
 const maximumMessages = 200
 
 const jobColumns = `id, kind, domain, repository, backup, spec, state, step, step_data, undoing, result, error_name, error_message, uid,
-	priority, origin, schedule, parent, attempts, attempt, again, next_try, created, started, finished, phase, done, total`
+	priority, origin, schedule, parent, attempts, attempt, yielded, again, next_try, created, started, finished, phase, done, total`
 
 func scanJob(from row) (j Job, err error) {
 	var spec, data, result string
 	err = from.Scan(&j.ID, &j.Kind, &j.Domain, &j.Repository, &j.Backup, &spec, &j.State, &j.Step, &data, &j.Undoing, &result,
-		&j.ErrorName, &j.ErrorMessage, &j.UID, &j.Priority, &j.Origin, &j.Schedule, &j.Parent, &j.Attempts, &j.Attempt, &j.Again, timestamp{&j.NextTry},
+		&j.ErrorName, &j.ErrorMessage, &j.UID, &j.Priority, &j.Origin, &j.Schedule, &j.Parent, &j.Attempts, &j.Attempt, &j.Yielded, &j.Again, timestamp{&j.NextTry},
 		timestamp{&j.Created}, timestamp{&j.Started}, timestamp{&j.Finished},
 		&j.Phase, &j.Done, &j.Total)
 	j.Spec, j.StepData, j.Result = raw(spec), raw(data), raw(result)
@@ -147,6 +148,15 @@ func (c *Catalog) RetryJob(ctx context.Context, id, backup string, next time.Tim
 	return c.write(ctx, "try job again "+id, func(tx *sql.Tx) error {
 		return changeJob(ctx, tx, id, "state = 'running'",
 			"state = 'queued', step = '', step_data = '', undoing = 0, again = 0, started = 0, backup = ?, next_try = ?", backup, toMicro(next))
+	})
+}
+
+// YieldJob puts a job that gave way to another one, and was undone, back into
+// the queue; the try does not count. ErrState: it is not running.
+func (c *Catalog) YieldJob(ctx context.Context, id string) error {
+	return c.write(ctx, "have job "+id+" give way", func(tx *sql.Tx) error {
+		return changeJob(ctx, tx, id, "state = 'running'", `state = 'queued', step = '', step_data = '', undoing = 0, again = 0, started = 0,
+			attempt = attempt - 1, yielded = yielded + 1, error_name = '', error_message = ''`)
 	})
 }
 

@@ -179,14 +179,21 @@ func (e *Engine) dispatch() {
 	waiting := map[*entry]bool{}
 	for _, en := range e.queue {
 		waiting[en] = true
-		s.queue = append(s.queue, place{&en.job, en.class})
+		s.queue = append(s.queue, place{&en.job, en.class, e.yields(en.job)})
 	}
+	var running []*entry
 	for _, en := range e.active {
 		if !waiting[en] {
-			s.running = append(s.running, place{&en.job, en.class})
+			running = append(running, en)
+			s.running = append(s.running, place{&en.job, en.class, en.job.Yielded < mostYields && e.yields(en.job)})
 		}
 	}
 	v := s.admit()
+	for _, i := range v.yield {
+		if running[i].cancel != nil {
+			running[i].cancel(ErrYield)
+		}
+	}
 	var rest []*entry
 	for i, en := range e.queue {
 		if v.waiting[i] == "" {

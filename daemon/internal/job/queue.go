@@ -3,6 +3,7 @@ package job
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -45,8 +46,10 @@ type Limits struct {
 	Timeout map[Class]time.Duration // of one try
 	// Stall ends a job that makes no progress for so long.
 	Stall time.Duration
-	// RetryDelay is before the second try of a job; it doubles with each.
+	// RetryDelay is before the second try of a job; it doubles with each. A class
+	// in RetryEvery has that before each try instead.
 	RetryDelay time.Duration
+	RetryEvery map[Class]time.Duration
 	// Window holds back jobs that no user has started; nil is always open.
 	Window Window
 }
@@ -68,7 +71,10 @@ func (i Inhibitor) holds(c Class) bool { return len(i.What) == 0 || slices.Conta
 const longestDelay = time.Hour
 
 // delay is before the next try of a job that was begun attempt times.
-func (l Limits) delay(attempt int) time.Duration {
+func (l Limits) delay(c Class, attempt int) time.Duration {
+	if d := l.RetryEvery[c]; d > 0 {
+		return d
+	}
 	d := l.RetryDelay
 	for ; attempt > 1 && d < longestDelay; attempt-- {
 		d *= 2
@@ -79,7 +85,8 @@ func (l Limits) delay(attempt int) time.Duration {
 // place is a job in the queue, or at work.
 type place struct {
 	*catalog.Job
-	class Class
+	class  Class
+	yields bool // to others of its domain
 }
 
 // situation is all that decides which jobs start.
@@ -95,17 +102,23 @@ type situation struct {
 type verdict struct {
 	start   []int     // of the queue, in this order
 	waiting []string  // of each of the queue; "" for those that start
+	yield   []int     // of those that run, which give way
 	wake    time.Time // when it may be another without anything else happening; zero for never
 }
 
 // admit decides which jobs start. The higher priority goes first, then the older
 // job. One that cannot start holds back nobody but later jobs of its domain; and
 // one that is put off, to its next try, by an inhibitor or to the window, not
-// even those.
+// even those. One that yields goes after the others of its domain, and gives way
+// when it runs and nothing else keeps one of them from starting.
 func (s situation) admit() verdict {
 	v := verdict{waiting: make([]string, len(s.queue))}
 	work := s.newWork()
 	first := map[string]int{} // of each domain, the job whose turn it is
+	running := map[string]int{}
+	for i, p := range s.running {
+		running[p.Domain] = i
+	}
 	urgency := make([]int, len(s.queue))
 	urgent := map[string]int{}
 	var order []int
@@ -122,6 +135,10 @@ func (s situation) admit() verdict {
 		urgency[i] = p.Priority
 		if p.Domain != "" {
 			// It is as urgent as what has to wait for it.
+			turn, any := first[p.Domain]
+			if any && p.yields && !s.queue[turn].yields {
+				continue // that one does not wait for it
+			}
 			urgency[i] = max(p.Priority, urgent[p.Domain])
 			urgent[p.Domain], first[p.Domain] = urgency[i], i
 		}
@@ -130,8 +147,12 @@ func (s situation) admit() verdict {
 	for _, i := range order {
 		p := s.queue[i]
 		reason := work.obstacle(p)
-		if turn, any := first[p.Domain]; reason == "" && any && turn != i {
+		turn, any := first[p.Domain]
+		if reason == "" && any && turn != i {
 			reason = waitsFor(s.queue[turn])
+		}
+		if other, busy := running[p.Domain]; busy && any && turn == i && !p.yields && s.running[other].yields && work.without(s.running[other]).full(p) == "" {
+			v.yield = append(v.yield, other)
 		}
 		if v.waiting[i] = reason; reason == "" {
 			v.start = append(v.start, i)
@@ -144,7 +165,7 @@ func (s situation) admit() verdict {
 // putOff says why a job is not to start now, whatever else runs, and until when
 // that is known to be so.
 func (s situation) putOff(p place) (reason string, until time.Time) {
-	if wait := p.NextTry.Sub(s.now); wait > 0 && wait <= longestDelay {
+	if wait := p.NextTry.Sub(s.now); wait > 0 && wait <= max(longestDelay, s.limits.RetryEvery[p.class]) {
 		return fmt.Sprintf("try %d of %d is at %s, after: %s", p.Attempt+1, p.Attempts, moment(p.NextTry), p.ErrorMessage), p.NextTry
 	}
 	if p.class == ClassGroup {
@@ -193,6 +214,19 @@ func (w *work) obstacle(p place) string {
 	if other, busy := w.ofDomain[p.Domain]; p.Domain != "" && busy {
 		return waitsFor(other)
 	}
+	return w.full(p)
+}
+
+// without is what is left when one has ended.
+func (w *work) without(p place) *work {
+	left := &work{limits: w.limits, ofClass: maps.Clone(w.ofClass), ofRepository: maps.Clone(w.ofRepository)}
+	left.ofClass[p.class]--
+	left.ofRepository[p.Repository]--
+	return left
+}
+
+// full says which bound keeps a job from starting; "" for none.
+func (w *work) full(p place) string {
 	if most, taken := w.limits.Concurrent[p.class], w.ofClass[p.class]; most > 0 && taken >= most {
 		return fmt.Sprintf("waits for a free %s slot: %d of %d are taken", p.class, taken, most)
 	}

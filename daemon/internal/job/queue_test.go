@@ -27,7 +27,7 @@ func (o opens) Next(t time.Time) time.Time {
 func TestReasons(t *testing.T) {
 	in := func(class Class, j catalog.Job) place {
 		j.Kind = string(class)
-		return place{&j, class}
+		return place{&j, class, false}
 	}
 	s := situation{
 		now:     noon,
@@ -73,7 +73,7 @@ func TestReasons(t *testing.T) {
 func TestDelay(t *testing.T) {
 	l := Limits{RetryDelay: time.Minute}
 	for attempt, want := range map[int]time.Duration{1: time.Minute, 2: 2 * time.Minute, 4: 8 * time.Minute, 7: time.Hour, 1000000: time.Hour} {
-		if got := l.delay(attempt); got != want {
+		if got := l.delay(ClassBackup, attempt); got != want {
 			t.Errorf("after %d tries: %v instead of %v", attempt, got, want)
 		}
 	}
@@ -101,10 +101,12 @@ func TestAdmission(t *testing.T) {
 			if !until.IsZero() && v.wake.After(until) {
 				rt.Fatalf("looks again at %v, too late for %s", v.wake, p.ID)
 			}
-			before := slices.ContainsFunc(s.queue[:i], func(other place) bool {
+			before := false
+			for j, other := range s.queue {
 				reason, _ := s.putOff(other)
-				return p.Domain != "" && other.Domain == p.Domain && reason == ""
-			})
+				earlier := j < i && (!other.yields || p.yields) || p.yields && !other.yields
+				before = before || j != i && earlier && p.Domain != "" && other.Domain == p.Domain && reason == ""
+			}
 			if starts && before {
 				rt.Fatalf("%s overtakes a job of its domain", p.ID)
 			}
@@ -116,7 +118,7 @@ func TestAdmission(t *testing.T) {
 			}
 			for _, j := range v.start { // none that is less urgent took its place
 				o := s.queue[j]
-				inherits := slices.ContainsFunc(s.queue[j:], func(later place) bool {
+				inherits := slices.ContainsFunc(s.queue, func(later place) bool {
 					reason, _ := s.putOff(later)
 					return o.Domain != "" && later.Domain == o.Domain && reason == "" && later.Priority >= p.Priority
 				})
@@ -125,7 +127,39 @@ func TestAdmission(t *testing.T) {
 				}
 			}
 		}
+		checkYields(rt, s, v)
 	})
+}
+
+// checkYields holds what gives way against the rule: a job that nobody waits
+// for gives way to one of its domain that could start then, and to nothing else.
+func checkYields(rt *rapid.T, s situation, v verdict) {
+	work := s.newWork()
+	for _, i := range v.start {
+		work.add(s.queue[i])
+	}
+	for _, i := range v.yield {
+		r := s.running[i]
+		wanted := slices.ContainsFunc(s.queue, func(p place) bool {
+			reason, _ := s.putOff(p)
+			return p.Domain == r.Domain && !p.yields && reason == ""
+		})
+		if !r.yields || r.Domain == "" || !wanted {
+			rt.Fatalf("%s gives way to nobody", r.ID)
+		}
+	}
+	for i, r := range s.running {
+		for j, p := range s.queue {
+			putOff, _ := s.putOff(p)
+			if r.yields && !p.yields && r.Domain != "" && p.Domain == r.Domain && putOff == "" &&
+				!slices.Contains(v.yield, i) && work.without(r).full(p) == "" && !slices.ContainsFunc(s.queue[:j], func(o place) bool {
+				reason, _ := s.putOff(o)
+				return o.Domain == p.Domain && !o.yields && reason == ""
+			}) {
+				rt.Fatalf("%s does not give way to %s", r.ID, p.ID)
+			}
+		}
+	}
 }
 
 func drawSituation(rt *rapid.T) situation {
@@ -150,7 +184,7 @@ func drawSituation(rt *rapid.T) situation {
 			Priority:   rapid.SampledFrom([]int{0, 50, 99}).Draw(rt, "priority"),
 			Origin:     rapid.SampledFrom([]catalog.JobOrigin{catalog.OriginUser, catalog.OriginSchedule}).Draw(rt, "origin"),
 			Attempts:   3,
-		}, rapid.SampledFrom(classes).Draw(rt, "class")}
+		}, rapid.SampledFrom(classes).Draw(rt, "class"), rapid.IntRange(0, 2).Draw(rt, "yields") == 0}
 		if rapid.IntRange(0, 3).Draw(rt, "running") == 0 && (p.Domain == "" || !busy[p.Domain]) {
 			busy[p.Domain] = true
 			s.running = append(s.running, p)

@@ -30,7 +30,7 @@ func (e *Engine) tryAgain(en *entry, kind Kind, h *Handle, why failure) bool {
 		return false // another version's
 	}
 	e.mu.Lock()
-	next := time.Now().Add(e.limits.delay(h.job.Attempt))
+	next := time.Now().Add(e.limits.delay(en.class, h.job.Attempt))
 	e.mu.Unlock()
 	backup := retrier.Again(h.job)
 	err := e.insist(func(ctx context.Context) error { return e.catalog.RetryJob(ctx, h.job.ID, backup, next) })
@@ -43,17 +43,22 @@ func (e *Engine) tryAgain(en *entry, kind Kind, h *Handle, why failure) bool {
 	h.Log(e.base, slog.LevelWarn, fmt.Sprintf("try %d of %d failed, the next is at %s: %v", h.job.Attempt, h.job.Attempts, moment(next), why.err))
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	en.job.ErrorName, en.job.ErrorMessage = why.name, why.err.Error()
+	e.requeue(en, backup, next)
+	return true
+}
+
+// requeue puts a job that was undone back into the queue. The engine's mutex is held.
+func (e *Engine) requeue(en *entry, backup string, next time.Time) {
 	en.cancel, en.meter = nil, meter{}
 	en.job.Started, en.job.Backup, en.job.NextTry, en.job.Result = time.Time{}, backup, next, nil
-	en.job.ErrorName, en.job.ErrorMessage = why.name, why.err.Error()
 	if en.job.State == catalog.JobCancelling { // just after it was put back
 		e.tasks.Go(func() { e.endCancelled(en) })
-		return true
+		return
 	}
 	en.job.State = catalog.JobQueued
 	at, _ := slices.BinarySearchFunc(e.queue, en.job.ID, func(other *entry, id string) int { return strings.Compare(other.job.ID, id) })
 	e.queue = slices.Insert(e.queue, at, en)
 	e.dispatch() // which knows why it waits
 	e.publish(en)
-	return true
 }

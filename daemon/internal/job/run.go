@@ -101,7 +101,14 @@ func (e *Engine) undo(en *entry, kind Kind, why failure) {
 		h.logger.Error("cannot clear up after the job", "error", err)
 		why.err = fmt.Errorf("%w; cannot clear up: %w", why.err, err)
 	}
-	if err == nil && why.again && e.tryAgain(en, kind, h, why) {
+	switch {
+	case err != nil || !why.again:
+	case why.name == nameYielded:
+		if e.yieldPlace(en, h) {
+			return
+		}
+		why = failure{name: nameCancelled, err: ErrCancelled} // meanwhile
+	case e.tryAgain(en, kind, h, why):
 		return
 	}
 	state := catalog.JobFailed
@@ -207,12 +214,16 @@ func (e *Engine) insist(fn func(context.Context) error) error {
 }
 
 // reason is why a job does not succeed: because of its error, or, once it was
-// cancelled or took too long, because of that, whatever came up then.
+// cancelled, gave way or took too long, because of that, whatever came up then.
 func (e *Engine) reason(ctx context.Context, h *Handle, kind Kind, err error) failure {
 	cause := context.Cause(ctx)
 	if errors.Is(cause, ErrCancelled) {
 		h.logger.Debug("the job was interrupted", "error", err)
 		return failure{name: nameCancelled, err: ErrCancelled}
+	}
+	if errors.Is(cause, ErrYield) {
+		h.logger.Debug("the job was interrupted", "error", err)
+		return failure{name: nameYielded, err: ErrYield, again: true}
 	}
 	why := failure{name: nameFailed, err: err}
 	if over := new(overdueError); errors.As(cause, &over) {

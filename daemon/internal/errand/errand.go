@@ -76,17 +76,8 @@ func (s Sender) Started(ctx context.Context, jobID string) (bool, error) {
 // Run has a worker do the whole of spec for a job, tells its progress and names
 // its errors. A worker that a daemon before this one started is taken up.
 func (s Sender) Run(ctx context.Context, h *job.Handle, r catalog.Repository, spec transfer.Spec) (*transfer.Result, error) {
-	started, err := s.Started(ctx, h.Job().ID)
-	if err == nil && !started {
-		err = s.Prepare(ctx, r)
-	}
+	spec, err := s.complete(ctx, h, r, spec)
 	if err != nil {
-		return nil, err
-	}
-	spec.Job = h.Job().ID
-	spec.Repository = s.Repository(r)
-	// Also for a job that was just cancelled: its worker is to be followed to its end.
-	if spec.Repository.Pins, err = s.Pins(context.WithoutCancel(ctx), r.ID); err != nil {
 		return nil, err
 	}
 	result, err := s.Supervisor.Run(ctx, spec, s.Limits(), func(st transfer.Status) { Progress(h, st) })
@@ -94,12 +85,28 @@ func (s Sender) Run(ctx context.Context, h *job.Handle, r catalog.Repository, sp
 	return result, failure.Worker(ctx, r.Name, err)
 }
 
+// complete has the repository there, if a worker is to be started, and says in the spec where it is.
+func (s Sender) complete(ctx context.Context, h *job.Handle, r catalog.Repository, spec transfer.Spec) (transfer.Spec, error) {
+	started, err := s.Started(ctx, h.Job().ID)
+	if err == nil && !started {
+		err = s.Prepare(ctx, r)
+	}
+	if err != nil {
+		return spec, err
+	}
+	spec.Job = h.Job().ID
+	spec.Repository = s.Repository(r)
+	// Also for a job that was just cancelled: its worker is to be followed to its end.
+	spec.Repository.Pins, err = s.Pins(context.WithoutCancel(ctx), r.ID)
+	return spec, err
+}
+
 // PhaseFinishing is what the daemon does after the worker, with limits of its own.
 const PhaseFinishing = "finishing"
 
-// Progress tells for a job what its worker does. When it is ready, it waits for us.
+// Progress tells for a job what its worker does. When it is ready or serves, it waits for us.
 func Progress(h *job.Handle, st transfer.Status) {
-	if st.Phase == transfer.PhaseReady {
+	if st.Phase == transfer.PhaseReady || st.Phase == transfer.PhaseServing {
 		h.Waits(st.Phase)
 		return
 	}

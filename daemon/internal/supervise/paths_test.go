@@ -37,6 +37,14 @@ func TestPaths(t *testing.T) {
 			readWrite: []string{"/images", "/nvram"},
 			devices:   []string{"/dev/vg/lv"},
 		},
+		"serve": {
+			spec: transfer.Spec{Operation: transfer.OperationServe, Repository: repository, Serve: &transfer.ServeSpec{
+				Disks: []transfer.ServeDisk{{Socket: "/run/virtbackup/serve/vda"}, {Socket: "/run/virtbackup/serve/vdb"}},
+				Files: []transfer.RestoreFile{{Directory: "/scratch/job", Destination: "nvram"}},
+			}},
+			readOnly:  []string{"/srv/backup", "/var/lib/virtbackup/manifest.key"},
+			readWrite: []string{"/run/virtbackup/serve", "/scratch/job"},
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			readOnly, readWrite, devices := paths(test.spec)

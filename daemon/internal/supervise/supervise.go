@@ -194,7 +194,7 @@ func (w *Worker) asUnit(spec transfer.Spec, limits jobunit.Limits) jobunit.Unit 
 // systemd follows symbolic links: QEMU's user may put one in the place of its NVRAM, and the worker must see that it is one.
 func paths(spec transfer.Spec) (readOnly, readWrite, devices []string) {
 	switch spec.Operation {
-	case transfer.OperationList, transfer.OperationRestore, transfer.OperationVerify, transfer.OperationInspect:
+	case transfer.OperationList, transfer.OperationRestore, transfer.OperationVerify, transfer.OperationInspect, transfer.OperationServe:
 		readOnly = append(readOnly, spec.Repository.Path)
 	default:
 		readWrite = append(readWrite, spec.Repository.Path)
@@ -221,6 +221,14 @@ func paths(spec transfer.Spec) (readOnly, readWrite, devices []string) {
 			}
 		}
 		for _, f := range r.Files {
+			readWrite = append(readWrite, f.Directory)
+		}
+	}
+	if v := spec.Serve; v != nil {
+		for _, d := range v.Disks {
+			readWrite = append(readWrite, filepath.Dir(d.Socket))
+		}
+		for _, f := range v.Files {
 			readWrite = append(readWrite, f.Directory)
 		}
 	}

@@ -10,6 +10,7 @@
 //	go.json      by the daemon, in a backup, when the point in time is fixed
 //	confirm.json by the daemon, in a backup that asks for it, when the copy may be kept
 //	rate.json    by the daemon, at any time: how much the worker may move per second
+//	stop.json    by the daemon, to a worker that serves: it is no longer needed
 //	status.json  by the worker, at each phase and twice a second
 //	result.json  by the worker, once, at the end
 package transfer
@@ -37,6 +38,7 @@ const (
 	GoFile      = "go.json"
 	ConfirmFile = "confirm.json"
 	RateFile    = "rate.json"
+	StopFile    = "stop.json"
 	StatusFile  = "status.json"
 	ResultFile  = "result.json"
 )
@@ -56,6 +58,7 @@ const (
 	OperationDiscard Operation = "discard" // what a dead job left of Spec.Backups of Domain
 	OperationMerge   Operation = "merge"   // Spec.Merge
 	OperationInspect Operation = "inspect" // all backups, as deep as Spec.Depth says
+	OperationServe   Operation = "serve"   // Spec.Serve, until stop.json is there
 )
 
 // Spec is spec.json.
@@ -73,6 +76,7 @@ type Spec struct {
 	Restore    *RestoreSpec   `json:"restore,omitempty"`
 	Merge      *MergeSpec     `json:"merge,omitempty"`
 	Depth      Depth          `json:"depth,omitempty"` // of inspect
+	Serve      *ServeSpec     `json:"serve,omitempty"`
 }
 
 // Depth says what of each backup is looked at.
@@ -215,6 +219,7 @@ const (
 	PhaseCommitting = "committing"
 	PhaseDeleting   = "deleting"
 	PhaseMerging    = "merging"
+	PhaseServing    = "serving" // waits for stop.json; its disks can be read
 )
 
 // Status is status.json.
@@ -235,6 +240,11 @@ type DiskStatus struct {
 	Written uint64 `json:"written"` // to the image, or to the destination
 	Dirty   uint64 `json:"dirty"`   // changed since the parent, in whole clusters
 	Zero    uint64 `json:"zero"`    // stored as zeroes, without data
+
+	// Of a disk that is served.
+	Pending int64  `json:"pending_usec,omitempty"`  // µs that the oldest request waits for its answer; long: the storage hangs
+	Damaged uint64 `json:"damaged_bytes,omitempty"` // asked for, and not what was written
+	Refused uint64 `json:"refused,omitempty"`       // requests that the storage gave no answer to
 }
 
 // Result is result.json.
@@ -246,6 +256,7 @@ type Result struct {
 	Repository *RepositoryState     `json:"repository,omitempty"`
 	Backups    []BackupState        `json:"backups,omitempty"` // of list, verify
 	Deleted    []string             `json:"deleted,omitempty"` // backups; also when a later one failed
+	Served     []ServedDisk         `json:"served,omitempty"`  // of serve, whatever Error says
 }
 
 // RepositoryState is what init and probe find.
@@ -322,6 +333,11 @@ func WriteGo(directory string, g Go) error { return writeJSON(filepath.Join(dire
 // WriteConfirm lets a backup be kept: see BackupSpec.Confirm.
 func WriteConfirm(directory string) error {
 	return writeJSON(filepath.Join(directory, ConfirmFile), struct{}{})
+}
+
+// WriteStop ends a worker that serves.
+func WriteStop(directory string) error {
+	return writeJSON(filepath.Join(directory, StopFile), struct{}{})
 }
 
 // ReadRate reads the worker's rate, no bound if none was written; WriteRate sets it.

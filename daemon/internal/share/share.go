@@ -16,6 +16,12 @@ type Rates struct {
 	Host       uint64 // of all workers
 }
 
+// Worker is one of those that share.
+type Worker struct {
+	Repository string
+	Most       uint64 // its own bound in bytes per second; 0 is none
+}
+
 // bound is what some workers may move together.
 type bound struct {
 	left uint64
@@ -23,16 +29,15 @@ type bound struct {
 	of   func(job string) bool
 }
 
-// Divide returns how much each worker gets, by its job; 0 is no bound. The
-// repository of each is given by its job.
+// Divide returns how much each worker gets, by its job; 0 is no bound.
 //
 // The shares are those of "max-min fairness": the bound that leaves the least to
 // each of its workers gives them that, then the next of what is left, so that
 // what one worker may not use is another's.
-func Divide(r Rates, repositories map[string]string) map[string]uint64 {
-	shares := make(map[string]uint64, len(repositories))
-	open := slices.Sorted(maps.Keys(repositories))
-	bounds := r.bounds(repositories)
+func Divide(r Rates, workers map[string]Worker) map[string]uint64 {
+	shares := make(map[string]uint64, len(workers))
+	open := slices.Sorted(maps.Keys(workers))
+	bounds := r.bounds(workers)
 	for len(bounds) > 0 && len(open) > 0 {
 		// Of two that differ by less than a byte for each, the one that gives less.
 		tightest := slices.MinFunc(bounds, func(a, b *bound) int { return cmp.Compare(a.left*uint64(b.open), b.left*uint64(a.open)) })
@@ -58,11 +63,11 @@ func Divide(r Rates, repositories map[string]string) map[string]uint64 {
 	return shares
 }
 
-func (r Rates) bounds(repositories map[string]string) []*bound {
+func (r Rates) bounds(workers map[string]Worker) []*bound {
 	var all []*bound
 	add := func(limit uint64, of func(job string) bool) {
 		n := 0
-		for job := range repositories {
+		for job := range workers {
 			if of(job) {
 				n++
 			}
@@ -72,11 +77,16 @@ func (r Rates) bounds(repositories map[string]string) []*bound {
 		}
 	}
 	add(r.Host, func(string) bool { return true })
-	for _, one := range slices.Compact(slices.Sorted(maps.Values(repositories))) {
-		add(r.Repository, func(job string) bool { return repositories[job] == one })
+	in := map[string]bool{}
+	for _, w := range workers {
+		in[w.Repository] = true
 	}
-	for one := range repositories {
+	for _, one := range slices.Sorted(maps.Keys(in)) {
+		add(r.Repository, func(job string) bool { return workers[job].Repository == one })
+	}
+	for one, w := range workers {
 		add(r.Job, func(job string) bool { return job == one })
+		add(w.Most, func(job string) bool { return job == one })
 	}
 	return all
 }

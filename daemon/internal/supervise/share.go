@@ -44,7 +44,11 @@ func (s *Supervisor) working() (all []atWork, err error) {
 
 // shares tells whether a worker moves so much that it has to share.
 func shares(s transfer.Spec) bool {
-	return s.Operation == transfer.OperationBackup || s.Operation == transfer.OperationMerge
+	switch s.Operation {
+	case transfer.OperationBackup, transfer.OperationMerge, transfer.OperationCompress:
+		return true
+	}
+	return s.Most > 0
 }
 
 // promised is how much the other backups in a repository are still expected to take.
@@ -84,12 +88,12 @@ func (s *Supervisor) divide(working []atWork) error {
 	if s.Rates == nil {
 		return nil
 	}
-	repositories := make(map[string]string, len(working))
+	workers := make(map[string]share.Worker, len(working))
 	for _, w := range working {
-		repositories[w.directory] = w.spec.Repository.Path
+		workers[w.directory] = share.Worker{Repository: w.spec.Repository.Path, Most: w.spec.Most}
 	}
 	var errs []error
-	for directory, bytes := range share.Divide(s.Rates(), repositories) {
+	for directory, bytes := range share.Divide(s.Rates(), workers) {
 		now, err := transfer.ReadRate(directory)
 		if err == nil && now.Bytes == bytes {
 			continue

@@ -161,17 +161,17 @@ func (d *diskCopy) begin(ctx context.Context, p planner) error {
 	if p.changes != nil {
 		d.count.dirty.Store(total)
 	}
-	return d.open(ctx)
+	return d.open(ctx, qcow2.Compression(d.Compression))
 }
 
 // open starts the image and the digests. The context is that of the copy.
-func (d *diskCopy) open(ctx context.Context) error {
+func (d *diskCopy) open(ctx context.Context, compression qcow2.Compression) error {
 	var err error
 	d.ahead = newWriteback(d.image)
 	to := throttledFile{countingFile{d.ahead, d.image, d.count}, ctx, d.throttle.writes}
 	d.writer, err = qcow2.NewWriter(to, qcow2.WriterOptions{
 		Size: d.spec.Size, ClusterSize: clusterSize, Backing: d.Manifest.Backing(*d.entry),
-		Compression: qcow2.Compression(d.Compression), Level: d.Level, Threads: d.threads(),
+		Compression: compression, Level: d.Level, Threads: d.threads(),
 	})
 	if err != nil {
 		return classify(ClassInternal, err)

@@ -10,10 +10,12 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 )
 
-// merging is a backup that takes over what those below it hold.
+// merging is a backup whose images are written anew: it takes over what those
+// below it hold, or what it holds itself is to be compressed.
 type merging struct {
 	*backup
 	*MergeSpec
+	pack    bool // what lies plain in its images is compressed
 	rewrite *repository.Rewrite
 	lineage lineage // Into first
 	base    lineage // of what stays below it; empty if nothing does
@@ -27,37 +29,55 @@ type mergedDisk struct {
 	images int // of those of from, how many are merged: the first ones
 	before repository.Disk
 
+	pack        bool
 	compression qcow2.Compression // of the new image
 }
 
 // merge makes Into stand on Base. The images are written anew beside the old
 // ones, read back and compared with the digests of what the disks hold, which
 // stay the same; then all are exchanged at once.
-func (w *worker) merge(ctx context.Context) (err error) {
+func (w *worker) merge(ctx context.Context) error {
 	if w.spec.Merge == nil || len(w.spec.Merge.Drop) == 0 {
 		return fail(ClassInternal, "the specification says nothing about the merge")
 	}
 	m := &merging{backup: &backup{worker: w, BackupSpec: &BackupSpec{}}, MergeSpec: w.spec.Merge}
 	// What must stay free is for backups; removing some must be possible in what is left.
 	w.spec.Repository.MinimumFree = 0
-	if m.repo, err = w.open(); err != nil {
+	return m.run(ctx, func(now *repository.Manifest) error {
+		if now.Parent == m.Base {
+			return errDone
+		}
+		return nil
+	})
+}
+
+// errDone says that there is nothing to do, as after a run of the job that died.
+var errDone = errors.New("it is as it is to be")
+
+// run does it, unless begin, which gets the manifest as it is, refuses.
+func (m *merging) run(ctx context.Context, begin func(now *repository.Manifest) error) (err error) {
+	if m.repo, err = m.worker.open(); err != nil {
 		return err
 	}
 	defer m.repo.Close()
-	if m.claim, err = m.repo.Claim(w.spec.Domain, w.spec.Job); err != nil {
+	if m.claim, err = m.repo.Claim(m.spec.Domain, m.spec.Job); err != nil {
 		return inRepository(err)
 	}
-	defer w.release(m.claim)
+	defer m.release(m.claim)
 	if m.rewrite, err = m.repo.Rewrite(m.claim, m.Into); err != nil {
 		return inRepository(err)
 	}
-	if m.rewrite.Manifest().Parent == m.Base { // done by a run of this job that died
-		w.result.Manifest = m.rewrite.Manifest()
+	if err := begin(m.rewrite.Manifest()); errors.Is(err, errDone) {
+		m.result.Manifest = m.rewrite.Manifest()
 		return nil
+	} else if err != nil {
+		return err
 	}
 	defer func() {
 		m.close()
-		if err != nil {
+		if errors.Is(err, errDone) {
+			m.result.Manifest, err = m.rewrite.Manifest(), inRepository(m.rewrite.Discard())
+		} else if err != nil {
 			err = errors.Join(err, m.rewrite.Discard())
 		}
 	}()
@@ -80,7 +100,7 @@ func (m *merging) make(ctx context.Context) error {
 		name string
 		each func(*mergedDisk, context.Context) error
 	}{
-		{PhaseMerging, (*mergedDisk).copy},
+		{m.phase(), (*mergedDisk).copy},
 		{PhaseFlushing, (*mergedDisk).flush},
 		{PhaseVerifying, (*mergedDisk).verify},
 	} {
@@ -94,7 +114,18 @@ func (m *merging) make(ctx context.Context) error {
 			}
 		}
 	}
+	if m.pack && !m.smaller() {
+		return errDone
+	}
 	return m.commit(ctx)
+}
+
+// phase is the one in which it is written.
+func (m *merging) phase() string {
+	if m.pack {
+		return PhaseCompressing
+	}
+	return PhaseMerging
 }
 
 // prepare opens all that is merged, and makes the new manifest.
@@ -120,12 +151,15 @@ func (m *merging) prepare() error {
 		m.Manifest.Kind = repository.KindFull
 	}
 	for i := range m.Manifest.Disks {
-		if m.Manifest.Disks[i].Kind == repository.KindFull {
+		if m.Manifest.Disks[i].Kind == repository.KindFull && !m.pack {
 			continue // it stands on nothing
 		}
 		if err := m.open(&m.Manifest.Disks[i]); err != nil {
 			return inDisk(m.Manifest.Disks[i].Target, err)
 		}
+	}
+	if m.pack && len(m.disks) == 0 {
+		return errDone
 	}
 	return nil
 }
@@ -138,7 +172,14 @@ func (m *merging) open(entry *repository.Disk) error {
 	}
 	d := &mergedDisk{
 		diskCopy: &diskCopy{backup: m.backup, spec: BackupDisk{Target: entry.Target, Size: entry.Size}, entry: entry, count: m.status.disk(entry.Target)},
-		from:     from, images: min(1+len(m.Drop), len(from.images)), before: *entry,
+		from:     from, images: min(1+len(m.Drop), len(from.images)), before: *entry, pack: m.pack,
+	}
+	if m.pack {
+		plain, err := d.plain()
+		if err != nil || plain == 0 {
+			from.close()
+			return err
+		}
 	}
 	m.disks = append(m.disks, d)
 	m.backup.disks = []*diskCopy{d.diskCopy} // one at a time has all threads
@@ -160,6 +201,10 @@ func (m *merging) open(entry *repository.Disk) error {
 // clusters are copied as they are. An image without compressed clusters is one
 // of zlib to QEMU.
 func (d *mergedDisk) chooseCompression() {
+	if d.pack {
+		d.compression = qcow2.Compression(d.Compression)
+		return
+	}
 	d.compression = qcow2.CompressionZlib
 	for _, image := range d.from.images[:d.images] {
 		if image.Header().Compression == qcow2.CompressionZstd {
@@ -170,7 +215,7 @@ func (d *mergedDisk) chooseCompression() {
 
 // copy writes what the merged images hold into the new one.
 func (d *mergedDisk) copy(ctx context.Context) error {
-	if err := d.open(ctx); err != nil {
+	if err := d.open(ctx, d.compression); err != nil {
 		return err
 	}
 	for off := uint64(0); off < d.before.Size; off += windowSize {
@@ -186,7 +231,7 @@ func (d *mergedDisk) copy(ctx context.Context) error {
 	}
 	err := ordered(ctx, readDepth, stages[*merged]{
 		produce: func(_ context.Context, emit func(*merged) error) error { return d.walk(emit) },
-		work:    func(_ context.Context, piece *merged) error { return d.read(piece) },
+		work:    d.read,
 		consume: d.take,
 		drop:    func(piece *merged) { d.writer.PutBuffer(piece.data) },
 	})
@@ -213,15 +258,20 @@ type merged struct {
 	host int64
 }
 
-func (d *mergedDisk) read(piece *merged) error {
-	if piece.from != nil {
+func (d *mergedDisk) read(ctx context.Context, piece *merged) error {
+	if piece.from != nil || piece.kind != spanData {
 		return nil
 	}
-	if piece.kind != spanData {
-		return nil
+	if d.pack {
+		if err := d.throttle.reads.wait(ctx, len(piece.data)); err != nil {
+			return err
+		}
 	}
 	var err error
 	piece.forms, err = d.from.chain.ReadForms(piece.data, piece.off, d.compression)
+	for i := range piece.forms {
+		piece.forms[i].Plain = piece.forms[i].Plain && !d.pack
+	}
 	return d.from.compare(piece.stored, &d.count.done, err)
 }
 
@@ -241,7 +291,7 @@ func (d *mergedDisk) take(piece *merged) error {
 // emit emits a run of data or zeroes of one of the images.
 func (d *mergedDisk) emit(r qcow2.Run, emit func(*merged) error) error {
 	var whole uint64 // bytes that are copied as they are
-	if r.Plain && r.Offset%clusterSize == 0 && r.Host%clusterSize == 0 {
+	if !d.pack && r.Plain && r.Offset%clusterSize == 0 && r.Host%clusterSize == 0 {
 		whole = r.Length / clusterSize * clusterSize
 	}
 	for at := uint64(0); at < whole; at += copiedAtOnce {

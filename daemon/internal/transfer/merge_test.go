@@ -1,7 +1,6 @@
 package transfer
 
 import (
-	"context"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -20,6 +19,8 @@ type history struct {
 	points []point         // of one chain, the full one first
 	base   string          // below the first point; "" for nothing
 	chain  string
+
+	compressions []string // that backups are made with
 }
 
 type point struct {
@@ -29,7 +30,7 @@ type point struct {
 
 func newHistory(t *testing.T, seed uint64) *history {
 	h := newHost(t)
-	return &history{host: h, Rand: rand.New(rand.NewPCG(seed, 0)), grown: map[string]bool{}, disks: []disk{
+	return &history{host: h, Rand: rand.New(rand.NewPCG(seed, 0)), grown: map[string]bool{}, compressions: []string{"none", "zstd", "zlib"}, disks: []disk{
 		h.disk("vda", "qcow2", 5<<20+512), h.disk("vdb", "qcow2", 3<<20), h.disk("vdc", "raw", 1<<20+512),
 	}}
 }
@@ -63,7 +64,7 @@ func (h *history) backup() {
 		h.chain = id
 	}
 	b := h.backupSpec(id, parent, h.chain, h.disks...)
-	b.Compression = []string{"none", "zstd", "zlib"}[h.IntN(3)]
+	b.Compression = h.compressions[h.IntN(len(h.compressions))]
 	b.Manifest.Offering.Compression = b.Compression
 	for i, d := range h.disks {
 		switch {
@@ -141,7 +142,7 @@ func (h *history) exact() {
 	h.checkClean()
 }
 
-// TestMergedChainsAreExact merges at random in chains of random backups.
+// TestMergedChainsAreExact merges and compresses at random in chains of random backups.
 func TestMergedChainsAreExact(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	for run := range uint64(3) {
@@ -154,6 +155,10 @@ func TestMergedChainsAreExact(t *testing.T) {
 				if n := len(h.points); n > 1 && h.IntN(2) == 0 {
 					into := 1 + h.IntN(n-1)
 					h.merge(h.IntN(into), into)
+				}
+				if h.IntN(2) == 0 {
+					h.compress(h.points[h.IntN(len(h.points))])
+					h.exact()
 				}
 			}
 			last := h.points[len(h.points)-1]
@@ -174,29 +179,7 @@ func TestMergeInterrupted(t *testing.T) {
 		h.backup()
 	}
 	for _, phase := range []string{PhaseOpening, PhaseMerging, PhaseFlushing, PhaseVerifying, PhaseCommitting} {
-		dir := h.job(Spec{Operation: OperationMerge, Merge: h.spec(0, 2)})
-		ctx, cancel := context.WithCancelCause(t.Context())
-		stop := make(chan struct{})
-		go func() {
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-				}
-				if s, err := ReadStatus(dir); err == nil && s.Phase == phase {
-					cancel(ErrCancelled)
-					return
-				}
-			}
-		}()
-		r := h.runJob(ctx, dir)
-		close(stop)
-		cancel(nil)
-		if r.Error != nil && r.Error.Class != ClassCancelled {
-			t.Fatalf("%s: %v", phase, r.Error)
-		}
-		t.Logf("cancelled in %s: %v", phase, r.Error)
+		r := h.cancelIn(phase, Spec{Operation: OperationMerge, Merge: h.spec(0, 2)})
 		h.exact()
 		if r.Error == nil {
 			return // too late: it was committed

@@ -59,6 +59,8 @@ const (
 	OperationMerge   Operation = "merge"   // Spec.Merge
 	OperationInspect Operation = "inspect" // all backups, as deep as Spec.Depth says
 	OperationServe   Operation = "serve"   // Spec.Serve, until stop.json is there
+	// OperationCompress is Spec.Compress.
+	OperationCompress Operation = "compress"
 )
 
 // Spec is spec.json.
@@ -75,8 +77,12 @@ type Spec struct {
 	Backup     *BackupSpec    `json:"backup,omitempty"`
 	Restore    *RestoreSpec   `json:"restore,omitempty"`
 	Merge      *MergeSpec     `json:"merge,omitempty"`
+	Compress   *CompressSpec  `json:"compress,omitempty"`
 	Depth      Depth          `json:"depth,omitempty"` // of inspect
 	Serve      *ServeSpec     `json:"serve,omitempty"`
+	// Most is how many bytes the worker may move per second by its own bound, in
+	// each direction; 0 is none.
+	Most uint64 `json:"most_bytes_per_second,omitempty"`
 }
 
 // Depth says what of each backup is looked at.
@@ -95,6 +101,18 @@ type MergeSpec struct {
 	Into string   `json:"into"`
 	Drop []string `json:"drop"` // the newest first: the parent of Into, that one's parent, …
 	Base string   `json:"base"` // the parent of the last of them; "" if that is a full one
+}
+
+// CompressSpec has the images of a backup of Spec.Domain compressed that are not
+// yet. What its images hold, and what they stand on, stays the same. Done again,
+// it changes nothing.
+type CompressSpec struct {
+	Backup      string `json:"backup"`
+	Compression string `json:"compression"` // "zlib", "zstd"
+	Level       int    `json:"level,omitempty"`
+	Threads     int    `json:"threads"` // that compress
+	// Free is how much must be free in the repository, in bytes, beside what must stay so.
+	Free uint64 `json:"free"`
 }
 
 // RepositorySpec says where the repository is.
@@ -220,6 +238,8 @@ const (
 	PhaseDeleting   = "deleting"
 	PhaseMerging    = "merging"
 	PhaseServing    = "serving" // waits for stop.json; its disks can be read
+	// PhaseCompressing is of compress.
+	PhaseCompressing = "compressing"
 )
 
 // Status is status.json.

@@ -62,16 +62,17 @@ func (w *worker) run(ctx context.Context) error {
 	defer wait.Wait()
 	defer stop()
 	operation, known := map[Operation]func(context.Context) error{
-		OperationInit:    w.init,
-		OperationProbe:   w.probe,
-		OperationList:    w.list,
-		OperationBackup:  w.backup,
-		OperationRestore: w.restore,
-		OperationVerify:  w.verify,
-		OperationDelete:  w.delete,
-		OperationDiscard: w.discard,
-		OperationMerge:   w.merge,
-		OperationInspect: w.inspect,
+		OperationInit:     w.init,
+		OperationProbe:    w.probe,
+		OperationList:     w.list,
+		OperationBackup:   w.backup,
+		OperationRestore:  w.restore,
+		OperationVerify:   w.verify,
+		OperationDelete:   w.delete,
+		OperationDiscard:  w.discard,
+		OperationMerge:    w.merge,
+		OperationInspect:  w.inspect,
+		OperationCompress: w.compress,
 	}[w.spec.Operation]
 	if !known {
 		return fail(ClassInternal, "the operation %q is not known", w.spec.Operation)

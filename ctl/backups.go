@@ -101,6 +101,32 @@ func (a *app) verifyCommand() *cobra.Command {
 	return cmd
 }
 
+func (a *app) compressCommand() *cobra.Command {
+	var o dbus.CompressOptions
+	cmd := &cobra.Command{
+		Use:   "compress BACKUP",
+		Short: "Compress a backup that was made already",
+		Long: `Compress what of a backup is not compressed yet. What it holds stays the same,
+and so does what builds on it; if it would be no smaller, nothing is changed.`,
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: a.names(1, backupNames),
+	}
+	addChoice(cmd, &o.Compression, "compression", "with this, and not as its offering says")
+	addNumber(cmd, &o.Level, "level", "how hard: 1 to 9 for zlib, 1 to 22 for zstd; 0 for its default")
+	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
+		id, err := findBackup(ctx, c, args[0])
+		if err != nil {
+			return err
+		}
+		job, err := c.CompressBackup(ctx, id, o)
+		if err != nil {
+			return err
+		}
+		return a.finishAndTell(ctx, c, job)
+	})
+	return cmd
+}
+
 func (a *app) finishChainCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:               "finish-chain DOMAIN",
@@ -195,11 +221,36 @@ func backupTable(p *page, backups []dbus.BackupProperties) {
 	var rows [][]string
 	for _, b := range backups {
 		rows = append(rows, []string{
-			b.ID, b.DomainName, moment(b.Created), backupKind(b), string(b.State), size(b.DataBytes), size(b.StoredBytes),
+			b.ID, b.DomainName, moment(b.Created), backupKind(b), string(b.State), size(b.SizeBytes), size(b.DataBytes), size(b.StoredBytes), saved(b),
 			string(b.Consistency), b.Repository,
 		})
 	}
-	p.table([]string{"BACKUP", "DOMAIN", "CREATED", "KIND", "STATE", ">DATA", ">STORED", "CONSISTENCY", "REPOSITORY"}, rows)
+	p.table([]string{"BACKUP", "DOMAIN", "CREATED", "KIND", "STATE", ">SIZE", ">DATA", ">STORED", ">SAVED", "CONSISTENCY", "REPOSITORY"}, rows)
+}
+
+// saved is how much less a backup takes than the data in it, by compression.
+func saved(b dbus.BackupProperties) string {
+	switch {
+	case b.CompressionState == dbus.CompressionDue:
+		return "due"
+	case b.Compression == dbus.CompressionNone || b.StoredBytes >= b.DataBytes:
+		return ""
+	}
+	return fmt.Sprintf("%d%%", 100*(b.DataBytes-b.StoredBytes)/b.DataBytes)
+}
+
+// compressed says how a backup is compressed, and what is to come of that.
+func compressed(b dbus.BackupProperties) string {
+	switch text := string(b.Compression); b.CompressionState {
+	case dbus.CompressionDue:
+		return text + ", to be compressed by a job"
+	case dbus.CompressionDone:
+		return text + ", by a job after it"
+	case dbus.CompressionFailed:
+		return text + ", as a job failed to compress it: " + b.CompressionError
+	default:
+		return text
+	}
 }
 
 func backupKind(b dbus.BackupProperties) string {
@@ -228,10 +279,11 @@ func backupPage(p *page, b dbus.BackupProperties) {
 		"Chain", b.Chain,
 		"Parent", b.Parent,
 		"Children", strings.Join(b.Children, " "),
-		"Compression", string(b.Compression),
+		"Compression", compressed(b),
 		"Size", size(b.SizeBytes),
 		"Read", size(b.ReadBytes),
 		"Stored", size(b.StoredBytes),
+		"Saved", saved(b),
 		"Verified", verified,
 		"Held", b.Hold,
 		"Made by", fmt.Sprintf("virtbackup %s on %s", b.Version, b.Host),

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -27,7 +29,7 @@ func (a *app) jobsCommand() *cobra.Command {
 	}
 	f := cmd.Flags()
 	f.BoolVar(&all, "all", false, "also those that ended")
-	addChoice(cmd, &filter.Operation, "operation", "only those that do this")
+	addType(cmd, &filter.Operation)
 	addChoice(cmd, &filter.State, "state", "only those in this state")
 	f.StringVar(&since, "since", "", "only those not older than this `TIME`: 2026-01-31, \"2026-01-31 14:00\", 7d, 12h")
 	f.StringVar(&until, "until", "", "only those older than this `TIME`")
@@ -57,9 +59,21 @@ func (a *app) jobsCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
+		host := ""
+		if filter.Operation != nil && a.json == jsonOff {
+			m, err := dbus.Get[dbus.ManagerProperties](ctx, c, "")
+			if err != nil {
+				return err
+			}
+			host = m.Host
+		}
 		return a.show(jobs, func(p *page) {
 			if len(jobs) > 0 {
-				jobTable(p, jobs)
+				if filter.Operation != nil {
+					typeTable(p, jobs, host)
+				} else {
+					jobTable(p, jobs)
+				}
 				limit.hint(p, len(jobs))
 			} else if p.legend && all {
 				p.line("No jobs.")
@@ -69,6 +83,45 @@ func (a *app) jobsCommand() *cobra.Command {
 		})
 	})
 	return cmd
+}
+
+// jobType is what kind of job is listed, also by the name of the service that it is of.
+type jobType struct{ value **dbus.Operation }
+
+func (t jobType) String() string { return choice[dbus.Operation](t).String() }
+
+// Set takes a word.
+func (t jobType) Set(word string) error {
+	if of, ok := services()[word]; ok {
+		word = string(of)
+	}
+	return choice[dbus.Operation](t).Set(word)
+}
+
+// Type stands for the value in the help.
+func (jobType) Type() string { return "WORD" }
+
+// services are the names by which KBOSS and people know what jobs do.
+func services() map[string]dbus.Operation {
+	return map[string]dbus.Operation{"compression": dbus.OperationCompress, "verification": dbus.OperationVerify}
+}
+
+func addType(cmd *cobra.Command, value **dbus.Operation) {
+	words := dbus.Operation("").Values()
+	cmd.Flags().Var(jobType{value}, "type", "only those that do this, with their tries: "+strings.Join(words, ", "))
+	complete(cmd, "type", fixed(slices.Concat(words, slices.Sorted(maps.Keys(services())))...))
+}
+
+// typeTable lists jobs of one kind.
+func typeTable(p *page, jobs []dbus.JobProperties, host string) {
+	var rows [][]string
+	for _, j := range jobs {
+		rows = append(rows, []string{
+			j.ID, j.Backup, j.DomainName, host, string(j.Operation), string(j.State), jobProgress(j), fmt.Sprintf("%d of %d", j.Attempt, j.Attempts), moment(j.NextTry),
+			cmp.Or(j.Waiting, j.ErrorMessage),
+		})
+	}
+	p.table([]string{"JOB", "BACKUP", "DOMAIN", "HOST", "TYPE", "STATE", "PROGRESS", "ATTEMPTS", "NEXT TRY", "REASON"}, rows)
 }
 
 // collect reads a list to its end.
@@ -134,7 +187,7 @@ func jobTable(p *page, jobs []dbus.JobProperties) {
 			j.ID, string(j.Operation), j.DomainName, j.Repository, string(j.State), jobProgress(j), moment(j.Created), cmp.Or(j.Waiting, j.ErrorMessage),
 		})
 	}
-	p.table([]string{"JOB", "OPERATION", "DOMAIN", "REPOSITORY", "STATE", "PROGRESS", "CREATED", "REASON"}, rows)
+	p.table([]string{"JOB", "TYPE", "DOMAIN", "REPOSITORY", "STATE", "PROGRESS", "CREATED", "REASON"}, rows)
 }
 
 // jobProgress says how far a job is that goes on.
@@ -224,7 +277,7 @@ func jobPage(p *page, j dbus.JobProperties, log []dbus.LogMessage) {
 	}
 	p.fields(
 		"Job", j.ID,
-		"Operation", string(j.Operation),
+		"Type", string(j.Operation),
 		"State", string(j.State),
 		"Waiting", j.Waiting,
 		"Error", j.ErrorMessage,

@@ -22,6 +22,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/bus"
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/compression"
 	"github.com/virtbackup/virtbackup/daemon/internal/config"
 	"github.com/virtbackup/virtbackup/daemon/internal/errand"
 	"github.com/virtbackup/virtbackup/daemon/internal/export"
@@ -44,6 +45,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/service"
 	"github.com/virtbackup/virtbackup/daemon/internal/share"
 	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
+	"github.com/virtbackup/virtbackup/daemon/internal/upkeep"
 	"github.com/virtbackup/virtbackup/daemon/internal/verification"
 	"github.com/virtbackup/virtbackup/dbus"
 	"github.com/virtbackup/virtbackup/hooks/spool"
@@ -86,6 +88,7 @@ type app struct {
 	backup     *backup.Kind
 	engine     *job.Engine
 	schedules  *schedule.Keeper
+	upkeep     *upkeep.Keeper
 	mounts     *mounts.Keeper
 	health     *health.Watcher
 	service    *service.Service
@@ -188,7 +191,9 @@ func (a *app) wire() {
 		Catalog: a.catalog, Hypervisor: a.hypervisor, Errand: errands, Overlays: overlays, Log: a.log,
 		Destinations: func() []string { return a.settings.Load().Restore.Destinations },
 	})
+	compressions := compression.Kind{Catalog: a.catalog, Errand: errands, Settings: a.compressionSettings}
 	a.engine = job.New(a.catalog, map[string]job.Kind{
+		string(dbus.OperationCompress):       compressions,
 		backup.KindName:                      a.backup,
 		string(dbus.OperationRestore):        restores,
 		string(dbus.OperationRestoreInPlace): restores,
@@ -210,6 +215,7 @@ func (a *app) wire() {
 	if err != nil {
 		a.log.Warn("cannot tell the name of this host", "error", err)
 	}
+	a.upkeep = &upkeep.Keeper{Chores: []upkeep.Chore{compressions}, Jobs: a.engine, Log: a.log}
 	a.schedules = schedule.New(a.catalog, a.timers, a.log)
 	a.service = service.New(service.Deps{
 		Catalog: a.catalog, Jobs: a.engine, Domains: a.hypervisor, Restore: restores, Lifecycle: a.lifecycle, Schedules: a.schedules, Storage: a.mounts, Ended: &a.ended, Config: c, Reload: a.reload,
@@ -242,7 +248,7 @@ func (a *app) serve(ctx context.Context) error {
 		return err
 	}
 	defer a.engine.Stop()
-	for _, f := range []func(context.Context){a.service.Run, a.lifecycle.Run, a.schedules.Run, a.mounts.Run, a.health.Run, a.reloadOnHangup, a.textfile().Run} {
+	for _, f := range []func(context.Context){a.service.Run, a.lifecycle.Run, a.schedules.Run, a.upkeep.Run, a.mounts.Run, a.health.Run, a.reloadOnHangup, a.textfile().Run} {
 		background.Go(func() { f(ctx) })
 	}
 	if err := a.service.LoadOfferings(ctx); err != nil {
@@ -449,13 +455,19 @@ func (a *app) limits() jobunit.Limits {
 	}
 }
 
+const megabyte = 1_000_000
+
 // rates are what all workers share.
 func (a *app) rates() share.Rates {
-	const megabyte = 1_000_000
 	l := a.settings.Load().Limits
 	return share.Rates{
 		Job: uint64(l.RatePerJob) * megabyte, Repository: uint64(l.RatePerRepository) * megabyte, Host: uint64(l.RatePerHost) * megabyte,
 	}
+}
+
+func (a *app) compressionSettings() compression.Settings {
+	c := a.settings.Load().Compression
+	return compression.Settings{Enabled: c.Enabled, Attempts: 1 + c.Retries, Threads: c.Threads, Factor: c.MinimumFree, Rate: uint64(c.Rate) * megabyte}
 }
 
 func (a *app) backupSettings() backup.Settings {

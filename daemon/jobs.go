@@ -24,6 +24,7 @@ func jobClasses() map[string]job.Class {
 		string(dbus.OperationPrune):          job.ClassMaintenance,
 		string(dbus.OperationScan):           job.ClassMaintenance,
 		string(dbus.OperationInspect):        job.ClassMaintenance,
+		string(dbus.OperationCompress):       job.ClassCompression,
 	}
 }
 
@@ -42,6 +43,7 @@ func jobLimits(c *config.Config) job.Limits {
 			job.ClassMaintenance: c.Limits.MaintenanceTimeout,
 		},
 		Stall: c.Jobs.StallLimit, RetryDelay: c.Jobs.RetryDelay,
+		RetryEvery: map[job.Class]time.Duration{job.ClassCompression: c.Compression.RetryInterval},
 	}
 	// The configuration has been checked: it can be read.
 	if w, err := window.ParseAll(c.Jobs.Window); err == nil && len(w) > 0 {

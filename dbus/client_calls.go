@@ -320,6 +320,11 @@ func (c *Client) VerifyBackup(ctx context.Context, id string) (job string, err e
 	return c.job(ctx, Ref{KindBackup, id}, "Verify", EncodeOptions(NoOptions{}))
 }
 
+// CompressBackup compresses a backup.
+func (c *Client) CompressBackup(ctx context.Context, id string, o CompressOptions) (job string, err error) {
+	return c.job(ctx, Ref{KindBackup, id}, "Compress", EncodeOptions(o))
+}
+
 // RestoreBackup restores a backup as a new domain.
 func (c *Client) RestoreBackup(ctx context.Context, id, name string, o RestoreOptions) (job string, err error) {
 	return c.job(ctx, Ref{KindBackup, id}, "Restore", name, EncodeOptions(o))

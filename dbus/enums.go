@@ -10,6 +10,10 @@ type Compression string
 // job after it.
 type CompressionTime string
 
+// CompressionState is how far a backup is compressed by a job after it; "" if it
+// is not to be.
+type CompressionState string
+
 // Quiesce is how a guest is quieted for the point in time.
 type Quiesce string
 
@@ -78,6 +82,10 @@ const (
 
 	CompressionInline   CompressionTime = "inline"
 	CompressionDeferred CompressionTime = "deferred"
+
+	CompressionDue    CompressionState = "due"
+	CompressionDone   CompressionState = "done"
+	CompressionFailed CompressionState = "failed"
 
 	QuiesceNone    Quiesce = "none"
 	QuiesceAgent   Quiesce = "agent"
@@ -171,6 +179,7 @@ const (
 	OperationScan           Operation = "scan"
 	OperationInspect        Operation = "inspect"
 	OperationCheck          Operation = "check"
+	OperationCompress       Operation = "compress"
 	OperationGroup          Operation = "group"
 )
 
@@ -256,5 +265,5 @@ func (Overlap) Values() []string { return []string{"skip", "queue"} }
 
 // Values returns what an Operation can be.
 func (Operation) Values() []string {
-	return []string{"backup", "restore", "restore-in-place", "verify", "delete", "prune", "check", "scan", "inspect", "group"}
+	return []string{"backup", "restore", "restore-in-place", "verify", "delete", "prune", "check", "scan", "inspect", "group", "compress"}
 }

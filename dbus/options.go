@@ -204,6 +204,13 @@ type DeleteChainOptions struct {
 	DryRun bool `dbus:"dry_run"`
 }
 
+// CompressOptions are those of Backup.Compress.
+type CompressOptions struct {
+	// Compression is zlib or zstd; nil for what its offering said, or zstd.
+	Compression *Compression `dbus:"compression"`
+	Level       *uint32      `dbus:"level"`
+}
+
 // RestoreOptions are those of Backup.Restore.
 type RestoreOptions struct {
 	// Destination is a directory; empty for the daemon's default.

@@ -230,34 +230,36 @@ type BackupDisk struct {
 
 // BackupProperties are those of org.virtbackup1.Backup.
 type BackupProperties struct {
-	ID          string       `dbus:"Id"`
-	DomainUUID  string       `dbus:"DomainUuid"`
-	DomainName  string       `dbus:"DomainName"`
-	Repository  string       `dbus:"Repository"`
-	Offering    string       `dbus:"Offering"`
-	Chain       string       `dbus:"Chain"`
-	Parent      string       `dbus:"Parent"`
-	Kind        BackupKind   `dbus:"Kind"`
-	Isolated    bool         `dbus:"Isolated"`
-	State       BackupState  `dbus:"State"`
-	Consistency Consistency  `dbus:"Consistency"`
-	Quiesce     Quiesce      `dbus:"Quiesce"`
-	Shortfall   string       `dbus:"Shortfall"`
-	Hold        string       `dbus:"Hold"`
-	HeldUsec    uint64       `dbus:"HeldUsec"`
-	Created     time.Time    `dbus:"Created"`
-	Finished    time.Time    `dbus:"Finished"`
-	SizeBytes   uint64       `dbus:"SizeBytes"`
-	StoredBytes uint64       `dbus:"StoredBytes"`
-	DataBytes   uint64       `dbus:"DataBytes"`
-	ReadBytes   uint64       `dbus:"ReadBytes"`
-	Compression Compression  `dbus:"Compression"`
-	Causes      []string     `dbus:"Causes"`
-	Host        string       `dbus:"Host"`
-	Version     string       `dbus:"Version"`
-	Verified    time.Time    `dbus:"Verified"`
-	Children    []string     `dbus:"Children"`
-	Disks       []BackupDisk `dbus:"Disks"`
+	ID               string           `dbus:"Id"`
+	DomainUUID       string           `dbus:"DomainUuid"`
+	DomainName       string           `dbus:"DomainName"`
+	Repository       string           `dbus:"Repository"`
+	Offering         string           `dbus:"Offering"`
+	Chain            string           `dbus:"Chain"`
+	Parent           string           `dbus:"Parent"`
+	Kind             BackupKind       `dbus:"Kind"`
+	Isolated         bool             `dbus:"Isolated"`
+	State            BackupState      `dbus:"State"`
+	Consistency      Consistency      `dbus:"Consistency"`
+	Quiesce          Quiesce          `dbus:"Quiesce"`
+	Shortfall        string           `dbus:"Shortfall"`
+	Hold             string           `dbus:"Hold"`
+	HeldUsec         uint64           `dbus:"HeldUsec"`
+	Created          time.Time        `dbus:"Created"`
+	Finished         time.Time        `dbus:"Finished"`
+	SizeBytes        uint64           `dbus:"SizeBytes"`
+	StoredBytes      uint64           `dbus:"StoredBytes"`
+	DataBytes        uint64           `dbus:"DataBytes"`
+	ReadBytes        uint64           `dbus:"ReadBytes"`
+	Compression      Compression      `dbus:"Compression"`
+	CompressionState CompressionState `dbus:"CompressionState"`
+	CompressionError string           `dbus:"CompressionError"`
+	Causes           []string         `dbus:"Causes"`
+	Host             string           `dbus:"Host"`
+	Version          string           `dbus:"Version"`
+	Verified         time.Time        `dbus:"Verified"`
+	Children         []string         `dbus:"Children"`
+	Disks            []BackupDisk     `dbus:"Disks"`
 }
 
 // JobProperties are those of org.virtbackup1.Job.

@@ -120,6 +120,7 @@ func ofObjects() map[string]Action {
 		"org.virtbackup1.Backup.Hold":           ActionDelete,
 		"org.virtbackup1.Backup.Release":        ActionDelete,
 		"org.virtbackup1.Backup.Verify":         ActionVerify,
+		"org.virtbackup1.Backup.Compress":       ActionBackup,
 		"org.virtbackup1.Backup.Restore":        ActionRestore,
 		"org.virtbackup1.Backup.RestoreInPlace": ActionRestoreInPlace,
 		"org.virtbackup1.Backup.PlanRestore":    ActionView,

@@ -132,6 +132,7 @@ type Backups interface {
 	HoldBackup(ctx context.Context, caller Caller, id, reason string) error
 	ReleaseBackup(ctx context.Context, caller Caller, id string) error
 	VerifyBackup(ctx context.Context, caller Caller, id string) (job string, err error)
+	CompressBackup(ctx context.Context, caller Caller, id string, o dbus.CompressOptions) (job string, err error)
 	RestoreBackup(ctx context.Context, caller Caller, id, name string, o dbus.RestoreOptions) (job string, err error)
 	RestoreInPlace(ctx context.Context, caller Caller, id string, o dbus.RestoreInPlaceOptions) (job string, err error)
 	PlanRestore(ctx context.Context, id string, o dbus.PlanRestoreOptions) (dbus.RestorePlan, error)

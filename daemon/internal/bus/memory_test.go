@@ -287,6 +287,10 @@ func (m *memory) VerifyBackup(_ context.Context, c Caller, id string) (string, e
 	return jobID, m.note(c, "verify %s", id)
 }
 
+func (m *memory) CompressBackup(_ context.Context, c Caller, id string, o dbus.CompressOptions) (string, error) {
+	return jobID, m.note(c, "compress %s by %s", id, *o.Compression)
+}
+
 func (m *memory) RestoreBackup(_ context.Context, c Caller, id, name string, o dbus.RestoreOptions) (string, error) {
 	return jobID, m.note(c, "restore %s as %s %v", id, name, o.Disks)
 }

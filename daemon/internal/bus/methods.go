@@ -125,6 +125,7 @@ func objectParsers() map[string]parser {
 		"org.virtbackup1.Backup.Hold":           holdBackup,
 		"org.virtbackup1.Backup.Release":        change("release backup", Backend.ReleaseBackup),
 		"org.virtbackup1.Backup.Verify":         startJob("verify backup", Backend.VerifyBackup),
+		"org.virtbackup1.Backup.Compress":       jobOf("compress backup", Backend.CompressBackup),
 		"org.virtbackup1.Backup.Restore":        restoreBackup,
 		"org.virtbackup1.Backup.RestoreInPlace": restoreInPlace,
 		"org.virtbackup1.Backup.PlanRestore":    planRestore,

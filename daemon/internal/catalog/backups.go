@@ -29,16 +29,20 @@ type Backup struct {
 	Consistency string        // "application", "filesystem", "crash"; "" until known
 	Created     time.Time
 	Finished    time.Time
-	Verified    time.Time // when it was last read back by a job of its own; zero for never
-	Size        uint64    // bytes of all disks, as the guest sees them
-	StoredBytes uint64
-	DataBytes   uint64
-	Error       string // why it failed or is damaged
-	Pin         string // of the manifest, if another host made it: see repository.Trust
-	Hold        string // why it must stay, by somebody's word; "" if it may go
-	Sequence    int64  // the order in which backups were committed; 0 until then
-	Offering    string // its name at the time; "" if there was none
-	UID         uint32 // who asked for it
+	// CompressionState is how far it is compressed by a job after it, and
+	// CompressionError why that failed.
+	CompressionState CompressionState
+	CompressionError string
+	Verified         time.Time // when it was last read back by a job of its own; zero for never
+	Size             uint64    // bytes of all disks, as the guest sees them
+	StoredBytes      uint64
+	DataBytes        uint64
+	Error            string // why it failed or is damaged
+	Pin              string // of the manifest, if another host made it: see repository.Trust
+	Hold             string // why it must stay, by somebody's word; "" if it may go
+	Sequence         int64  // the order in which backups were committed; 0 until then
+	Offering         string // its name at the time; "" if there was none
+	UID              uint32 // who asked for it
 	Settings
 	Manifest json.RawMessage // nil until complete; only Catalog.Backup reads it
 	Images   []Image         // only Catalog.Backup and LatestChain read them
@@ -73,14 +77,16 @@ func (b Backup) Link() chain.Backup {
 
 const backupColumns = `id, domain, domain_name, coalesce(chain, iif(kind = 'full', id, '')), coalesce(parent, ''), repository, job, kind, state, cause,
 	isolated, consistency, created, finished, size, stored_bytes, data_bytes, error,
-	offering, mode, compression, compression_time, level, threads, chain_size, quiesce, quiesce_policy, tracking, fallback, verified, mark, held, shortfall, uid, pin, hold, sequence`
+	offering, mode, compression, compression_time, level, threads, chain_size, quiesce, quiesce_policy, tracking, fallback, verified, mark, held, shortfall, uid, pin, hold, sequence,
+	compression_state, compression_error`
 
 func scanBackup(from row) (b Backup, err error) {
 	var held int64
 	err = from.Scan(&b.ID, &b.Domain, &b.DomainName, &b.Chain, &b.Parent, &b.Repository, &b.Job, &b.Kind, &b.State, &b.Cause,
 		&b.Isolated, &b.Consistency, timestamp{&b.Created}, timestamp{&b.Finished}, &b.Size, &b.StoredBytes, &b.DataBytes, &b.Error,
 		&b.Offering, &b.Mode, &b.Compression, &b.CompressionTime, &b.Level, &b.Threads, &b.ChainSize, &b.Quiesce, &b.QuiescePolicy, &b.Tracking, &b.Fallback,
-		timestamp{&b.Verified}, &b.Mark, &held, &b.Shortfall, &b.UID, &b.Pin, &b.Hold, &b.Sequence)
+		timestamp{&b.Verified}, &b.Mark, &held, &b.Shortfall, &b.UID, &b.Pin, &b.Hold, &b.Sequence,
+		&b.CompressionState, &b.CompressionError)
 	b.Held = time.Duration(held) * time.Microsecond
 	return b, err
 }

@@ -215,6 +215,7 @@ func completeBackup(ctx context.Context, tx *sql.Tx, b Backup, done Commit) erro
 	// What is built on a damaged parent is damaged: nothing listed as complete may fail to restore.
 	_, err := tx.ExecContext(ctx, `UPDATE backups SET chain = ?, consistency = ?, finished = ?, manifest = ?, size = ?, stored_bytes = ?, data_bytes = ?,
 		held = ?, shortfall = ?, sequence = (SELECT max(sequence) + 1 FROM backups),
+		compression_state = iif(compression_time = 'deferred' AND compression <> 'none', 'due', ''),
 		(state, error) = (SELECT 'damaged', 'its parent is damaged' FROM backups AS p WHERE p.id = backups.parent AND p.state = 'damaged'
 			UNION ALL SELECT 'complete', '' LIMIT 1)
 		WHERE id = ?`,

@@ -61,7 +61,7 @@ type Merged struct {
 	Images   []MergedImage   // all of Into's
 }
 
-// MergedImage is what of an image a merge may change.
+// MergedImage is what of an image may change when it is written anew.
 type MergedImage struct {
 	Target                 string
 	Kind                   chain.Kind
@@ -130,18 +130,29 @@ func (c *Catalog) MergeBackups(ctx context.Context, m Merged, step Step) error {
 		if err := updateMerged(ctx, tx, m); err != nil {
 			return err
 		}
+		if err := dueAfterMerge(ctx, tx, m.Merge); err != nil {
+			return err
+		}
 		return recordStep(ctx, tx, step)
 	})
 }
 
-func updateMerged(ctx context.Context, tx *sql.Tx, m Merged) error {
-	for _, i := range m.Images {
+// updateImages records what images became that were written anew.
+func updateImages(ctx context.Context, tx *sql.Tx, backup string, images []MergedImage) error {
+	for _, i := range images {
 		err := exactlyOne(tx.ExecContext(ctx, `UPDATE images SET kind = ?1, changes = ?2, stored_bytes = ?3, data_bytes = ?4,
 			cause = iif(kind = 'incremental' AND ?1 = 'full', 'merged', cause) WHERE backup = ?5 AND target = ?6`,
-			i.Kind, i.Changes, i.StoredBytes, i.DataBytes, m.Into, i.Target))
+			i.Kind, i.Changes, i.StoredBytes, i.DataBytes, backup, i.Target))
 		if err != nil {
 			return fmt.Errorf("image %s: %w", i.Target, err)
 		}
+	}
+	return nil
+}
+
+func updateMerged(ctx context.Context, tx *sql.Tx, m Merged) error {
+	if err := updateImages(ctx, tx, m.Into, m.Images); err != nil {
+		return err
 	}
 	_, err := tx.ExecContext(ctx, `UPDATE backups SET parent = nullif(?1, ''), manifest = ?2,
 		kind = iif(?1 = '', 'full', kind), cause = iif(?1 = '', 'merged', cause),

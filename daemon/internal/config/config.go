@@ -33,6 +33,7 @@ type Config struct {
 	Restore      Restore
 	Metrics      Metrics
 	Retention    Retention
+	Compression  Compression
 	Repositories Repositories
 
 	sources map[string]string // of the settings in the file: "file:line"
@@ -110,6 +111,16 @@ type Retention struct {
 	MostAtOnce int // backups of one domain in one repository that go without somebody asking
 }
 
+// Compression is the section [compression], of backups that were made already.
+type Compression struct {
+	Enabled       bool // by itself
+	Retries       int
+	RetryInterval time.Duration
+	Threads       int     // that compress one backup
+	MinimumFree   float64 // of what the backup takes
+	Rate          int     // MB/s that it may read, and as much that it may write; 0: no bound
+}
+
 // Repositories is the section [repositories].
 type Repositories struct {
 	MountTimeout time.Duration // for mounting storage, and for unmounting it
@@ -135,7 +146,7 @@ func Default() *Config {
 		Libvirt: Libvirt{URI: "qemu:///system", AgentTimeout: 10 * time.Second, HoldLimit: 30 * time.Second},
 		Limits: Limits{
 			ConcurrentBackups: 2, ConcurrentRestores: 2, ConcurrentCompressions: 5, ConcurrentValidations: 1, ConcurrentMaintenance: 2,
-			BackupTimeout: 12 * time.Hour, RestoreTimeout: 24 * time.Hour, CompressionTimeout: 12 * time.Hour,
+			BackupTimeout: 12 * time.Hour, RestoreTimeout: 24 * time.Hour, CompressionTimeout: 8 * time.Hour,
 			ValidationTimeout: 12 * time.Hour, MaintenanceTimeout: 12 * time.Hour,
 			ConcurrentJobsPerRepository: 2, JobsPerUser: 20, Queue: 200,
 			CPUWeight: 50, MemoryMax: 1 * gibibyte, IOWeight: 50,
@@ -146,6 +157,7 @@ func Default() *Config {
 		Restore:      Restore{Destinations: []string{"/var/lib/libvirt/images"}},
 		Metrics:      Metrics{Interval: time.Minute},
 		Retention:    Retention{MostAtOnce: 20},
+		Compression:  Compression{Enabled: true, Retries: 2, RetryInterval: time.Hour, Threads: 1, MinimumFree: 1},
 		Repositories: Repositories{MountTimeout: 30 * time.Second, UnmountAfter: 5 * time.Minute, LookEvery: time.Minute, LookIdle: 10 * time.Minute, HungAfter: 20 * time.Second, SlowAfter: 5 * time.Second},
 	}
 }

@@ -16,7 +16,7 @@ import (
 // setting ties a key to its place in a Config.
 type setting struct {
 	key     string
-	to      any // *int, *string, *Level, *Size, *time.Duration, *Spans, or *[]string of directories
+	to      any // *bool, *int, *float64, *string, *Level, *Size, *time.Duration, *Spans, or *[]string of directories
 	check   func() error
 	allowed string
 	help    string
@@ -25,7 +25,7 @@ type setting struct {
 // settings lists all keys. It is the only such list: the file is read, shown
 // and documented from it.
 func (c *Config) settings() []setting {
-	d, v, l, j, b, r, s := &c.Daemon, &c.Libvirt, &c.Limits, &c.Jobs, &c.Backup, &c.Restore, &c.Repositories
+	d, v, l, j, b, r, s, p := &c.Daemon, &c.Libvirt, &c.Limits, &c.Jobs, &c.Backup, &c.Restore, &c.Repositories, &c.Compression
 	return []setting{
 		directory("daemon.state_directory", &d.StateDirectory, "Where the catalog and the key of the manifests are. Has to be on a local disk."),
 		directory("daemon.runtime_directory", &d.RuntimeDirectory, "Where sockets and the state of running jobs are. Has to be on a tmpfs."),
@@ -77,6 +77,13 @@ func (c *Config) settings() []setting {
 		{"metrics.textfile", &c.Metrics.Textfile, func() error { return checkTextfile(c.Metrics.Textfile) }, "an absolute path that ends in .prom, or \"\" for none", "Where the metrics of \"virtbackupctl metrics\" are written from time to time, for the textfile collector of Prometheus' node_exporter. The daemon cannot write below /usr and /etc."},
 		duration("metrics.interval", &c.Metrics.Interval, time.Second, 24*time.Hour, "How often they are."),
 
+		toggle("compression.enabled", &p.Enabled, "Whether backups whose offering leaves that for later (compression time \"deferred\") are compressed by themselves. Who asks for it by \"virtbackupctl compress\" gets it anyway."),
+		number("compression.retries", &p.Retries, 0, 100, "How often it is tried again when it failed and may go well later."),
+		duration("compression.retry_interval", &p.RetryInterval, time.Second, 24*time.Hour, "How long after a failure."),
+		number("compression.threads", &p.Threads, 1, 8, "How many threads compress one backup, if its offering does not say."),
+		factor("compression.minimum_free", &p.MinimumFree, 0, 100, "How much must be free in the repository before it begins, as a multiple of what the backup takes, beside limits.minimum_free_repository."),
+		number("compression.rate", &p.Rate, 0, mostRate, "How many MB (1,000,000 bytes) of a backup are read per second for it, and as many written; 0 for no limit. The rates in [limits] hold as well."),
+
 		number("retention.most_at_once", &c.Retention.MostAtOnce, 1, 100000, "How many backups of a domain in a repository retention removes after one backup at most. \"virtbackupctl prune\" has no such limit."),
 	}
 }
@@ -98,6 +105,20 @@ func number(key string, to *int, low, high int, help string) setting {
 		return nil
 	}
 	return setting{key, to, check, fmt.Sprintf("%d to %d", low, high), help}
+}
+
+func toggle(key string, to *bool, help string) setting {
+	return setting{key, to, func() error { return nil }, "true or false", help}
+}
+
+func factor(key string, to *float64, low, high float64, help string) setting {
+	check := func() error {
+		if !(*to >= low && *to <= high) { // also when it is not a number
+			return errors.New("out of range")
+		}
+		return nil
+	}
+	return setting{key, to, check, fmt.Sprintf("%g to %g", low, high), help}
 }
 
 func size(key string, to *Size, low Size, help string) setting {
@@ -157,6 +178,21 @@ func checkURI(uri string) error {
 // set takes over a value as the TOML library decoded it.
 func (s setting) set(v any) error {
 	switch to := s.to.(type) {
+	case *bool:
+		b, ok := v.(bool)
+		if !ok {
+			return errors.New("not true or false")
+		}
+		*to = b
+	case *float64:
+		switch n := v.(type) {
+		case int64:
+			*to = float64(n)
+		case float64:
+			*to = n
+		default:
+			return errors.New("not a number")
+		}
 	case *int:
 		n, ok := v.(int64)
 		if !ok || int64(int(n)) != n {
@@ -236,6 +272,10 @@ func quoted(list []string) string {
 // get returns the value as it would stand in the file.
 func (s setting) get() string {
 	switch from := s.to.(type) {
+	case *bool:
+		return strconv.FormatBool(*from)
+	case *float64:
+		return strconv.FormatFloat(*from, 'f', -1, 64)
 	case *int:
 		return strconv.Itoa(*from)
 	case *[]string:

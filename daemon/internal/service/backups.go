@@ -9,6 +9,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/bus"
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
+	"github.com/virtbackup/virtbackup/daemon/internal/compression"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
 	"github.com/virtbackup/virtbackup/daemon/internal/removal"
@@ -49,6 +50,38 @@ func (s *Service) verify(ctx context.Context, caller bus.Caller, b catalog.Backu
 		Kind: string(dbus.OperationVerify), Domain: b.Domain, Repository: b.Repository, Backup: b.ID, UID: caller.UID,
 		Spec: verification.Request{Backups: ids},
 	})
+}
+
+// CompressBackup compresses a backup.
+func (s *Service) CompressBackup(ctx context.Context, caller bus.Caller, id string, o dbus.CompressOptions) (string, error) {
+	b, err := s.Catalog.Backup(ctx, id)
+	if err != nil {
+		return "", failure.Named(err)
+	}
+	if b.State != chain.Complete {
+		return "", dbus.Errorf(dbus.ErrBusy, "backup %s is %s, and only complete ones are compressed", id, b.State)
+	}
+	if b.Pin != "" {
+		return "", dbus.Errorf(dbus.ErrUnsupported, "backup %s was made by another host: only that one compresses it", id)
+	}
+	r := compression.Request{Compression: b.Compression, Level: b.Level}
+	if o.Compression != nil {
+		r = compression.Request{Compression: string(*o.Compression)}
+	} else if b.Compression == string(dbus.CompressionNone) {
+		r = compression.Request{Compression: string(dbus.CompressionZstd)}
+	}
+	if o.Level != nil {
+		r.Level = int(*o.Level)
+	}
+	if r.Compression == string(dbus.CompressionNone) {
+		return "", dbus.Errorf(dbus.ErrInvalidArgument, "nothing is compressed by \"none\": say zlib or zstd")
+	}
+	if err := fit(catalog.Settings{Compression: r.Compression, Level: r.Level}); err != nil {
+		return "", err
+	}
+	j := compression.NewJob(b, r)
+	j.UID = caller.UID
+	return s.start(ctx, j)
 }
 
 // DeleteBackup deletes a backup, and what builds on it when asked to.

@@ -152,7 +152,8 @@ func (n *names) backup(ctx context.Context, b catalog.Backup, children []string)
 		Compression: dbus.Compression(b.Compression), Verified: b.Verified,
 		HeldUsec: uint64(b.Held.Microseconds()), Shortfall: b.Shortfall, Hold: b.Hold,
 	}
-	if b.CompressionTime == string(dbus.CompressionDeferred) {
+	p.CompressionState, p.CompressionError = dbus.CompressionState(b.CompressionState), b.CompressionError
+	if b.CompressionTime == string(dbus.CompressionDeferred) && b.CompressionState != catalog.CompressionDone {
 		p.Compression = dbus.CompressionNone
 	}
 	if b.Cause != "" {

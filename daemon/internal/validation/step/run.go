@@ -1,0 +1,62 @@
+package step
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+)
+
+// The names of the steps.
+const (
+	NameBoot        = "wait_for_boot"
+	NameCommand     = "execute_command"
+	NameScreenshot  = "screenshot"
+	NameJudge       = "judge_screen"
+	NameFilesystems = "check_filesystems"
+	NamePorts       = "check_port"
+)
+
+// Names are those of all steps, in the order in which they run.
+func Names() []string {
+	return []string{NameBoot, NameFilesystems, NameCommand, NamePorts, NameScreenshot, NameJudge}
+}
+
+// New returns the steps with these names, in the order in which they run;
+// started is when the guest was.
+func New(names []string, s Settings, started time.Time) ([]Step, error) {
+	for _, name := range names {
+		if !slices.Contains(Names(), name) {
+			return nil, fmt.Errorf("there is no validation step %q: there are %v", name, Names())
+		}
+	}
+	all := []Step{
+		boot{s.BootTimeout},
+	}
+	return slices.DeleteFunc(all, func(s Step) bool { return !slices.Contains(names, s.Name()) }), nil
+}
+
+// Run lets the steps try the guest, one after the other, and tells of each
+// before it begins. An error is that of ctx: nothing was decided.
+func Run(ctx context.Context, g Guest, steps []Step, begin func(name string)) (Report, error) {
+	var r Report
+	for _, s := range steps {
+		if !applies(s.Name(), r.Findings) {
+			r.Findings = append(r.Findings, Finding{Step: s.Name(), Verdict: Skipped, Cause: "an earlier step did not get as far"})
+			continue
+		}
+		begin(s.Name())
+		f, start := Finding{}, time.Now()
+		f = s.Run(ctx, g)
+		if err := context.Cause(ctx); err != nil {
+			return r, err
+		}
+		f.Step, f.Took = s.Name(), time.Since(start)
+		if f.Screenshot != nil {
+			r.Screenshot = f.Screenshot
+		}
+		r.Findings = append(r.Findings, excuse(ctx, g, f))
+	}
+	r.Verdict, r.Step, r.Cause = Judge(r.Findings)
+	return r, context.Cause(ctx)
+}

@@ -48,8 +48,13 @@ func (b *host) job(ctx context.Context, start func() (string, error)) (dbus.JobP
 
 // backup backs the guest up.
 func (b *host) backup(ctx context.Context, full bool, compression dbus.Compression) (figure, error) {
+	return b.backupWith(ctx, full, dbus.Settings{Compression: &compression})
+}
+
+func (b *host) backupWith(ctx context.Context, full bool, s dbus.Settings) (figure, error) {
 	mode, quiesce := dbus.ModeIncremental, dbus.QuiesceNone
-	o := dbus.BackupOptions{Repository: "plain", Full: full, Settings: dbus.Settings{Mode: &mode, Compression: &compression, Quiesce: &quiesce}}
+	s.Mode, s.Quiesce = &mode, &quiesce
+	o := dbus.BackupOptions{Repository: "plain", Full: full, Settings: s}
 	p, f, w, err := b.job(ctx, func() (string, error) { return b.client.BackupDomain(ctx, b.uuid, o) })
 	if err != nil {
 		return f, err

@@ -222,10 +222,10 @@ func backupTable(p *page, backups []dbus.BackupProperties) {
 	for _, b := range backups {
 		rows = append(rows, []string{
 			b.ID, b.DomainName, moment(b.Created), backupKind(b), string(b.State), size(b.SizeBytes), size(b.DataBytes), size(b.StoredBytes), saved(b),
-			string(b.Consistency), b.Repository,
+			string(b.ValidationResult), string(b.Consistency), b.Repository,
 		})
 	}
-	p.table([]string{"BACKUP", "DOMAIN", "CREATED", "KIND", "STATE", ">SIZE", ">DATA", ">STORED", ">SAVED", "CONSISTENCY", "REPOSITORY"}, rows)
+	p.table([]string{"BACKUP", "DOMAIN", "CREATED", "KIND", "STATE", ">SIZE", ">DATA", ">STORED", ">SAVED", "VALIDATION", "CONSISTENCY", "REPOSITORY"}, rows)
 }
 
 // saved is how much less a backup takes than the data in it, by compression.
@@ -285,6 +285,7 @@ func backupPage(p *page, b dbus.BackupProperties) {
 		"Stored", size(b.StoredBytes),
 		"Saved", saved(b),
 		"Verified", verified,
+		"Validation", validated(b),
 		"Held", b.Hold,
 		"Made by", fmt.Sprintf("virtbackup %s on %s", b.Version, b.Host),
 	)

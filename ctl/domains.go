@@ -249,7 +249,12 @@ func (a *app) showCommand() *cobra.Command {
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: a.names(1, anyNames),
 	}
+	var to screenshotFlags
+	to.add(cmd)
 	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
+		if to.file != "" {
+			return a.writeScreenshot(ctx, c, args[0], to)
+		}
 		return a.showAny(ctx, c, args[0])
 	})
 	return cmd
@@ -271,7 +276,7 @@ func (a *app) showAny(ctx context.Context, c *dbus.Client, name string) error {
 		if err != nil {
 			return err
 		}
-		return a.show(b, func(p *page) { backupPage(p, b) })
+		return a.showBackup(ctx, c, b)
 	} else if !isNotFound(err) {
 		return err
 	}

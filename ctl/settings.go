@@ -42,8 +42,7 @@ func addOverrides(cmd *cobra.Command, o *dbus.Overrides) {
 	} {
 		addNumber(cmd, r.to, r.name, "keep the newest of each "+r.each+", for so many that have one")
 	}
-	addTruth(cmd, &o.Validate, "validate", "try backups, when a later version can")
-	addWords(cmd, &o.ValidationSteps, "validation-steps", "how: wait_for_boot, execute_command, screenshot", "wait_for_boot", "execute_command", "screenshot")
+	addValidation(cmd, &o.Validation)
 	addTruth(cmd, &o.AllowUserBackups, "allow-user-backups", "let others than root back up besides its schedules")
 	addTruth(cmd, &o.AllowUserSchedules, "allow-user-schedules", "let others than root make schedules")
 	addTruth(cmd, &o.AllowQuickRestore, "allow-quick-restore", "let backups be restored quickly, when a later version can")
@@ -90,8 +89,11 @@ func (a *app) domainSetCommand() *cobra.Command {
 
 // settingKey returns the key of a setting that is named as its flag is.
 func settingKey(name string) string {
-	if name == "level" {
+	switch name {
+	case "level":
 		return "compression_level"
+	case "validation-argument":
+		return "validation_arguments"
 	}
 	return strings.ReplaceAll(name, "-", "_")
 }

@@ -200,10 +200,6 @@ func offeringPage(p *page, o dbus.OfferingProperties) {
 	if o.Threads > 0 {
 		threads = strconv.FormatUint(uint64(o.Threads), 10)
 	}
-	validation := ""
-	if o.Validate {
-		validation = strings.Join(append([]string{"yes"}, o.ValidationSteps...), ", ")
-	}
 	p.fields(
 		"Offering", o.Name,
 		"Id", o.ID,
@@ -223,7 +219,9 @@ func offeringPage(p *page, o dbus.OfferingProperties) {
 		"Excluded disks", strings.Join(o.ExcludeDisks, ", "),
 		"Volatile disks", yes(o.VolatileDisks),
 		"Keeps", retention(o),
-		"Validation", validation,
+		"Validation", validation(o),
+		"Command", validationCommand(o),
+		"Ports", strings.Join(o.ValidationPorts, ", "),
 		"Not allowed", denied(o),
 		"Created", moment(o.Created),
 	)

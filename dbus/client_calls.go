@@ -325,6 +325,17 @@ func (c *Client) CompressBackup(ctx context.Context, id string, o CompressOption
 	return c.job(ctx, Ref{KindBackup, id}, "Compress", EncodeOptions(o))
 }
 
+// Validations returns what came of trying a backup, newest first; limit as of the API.
+func (c *Client) Validations(ctx context.Context, id string, limit uint32) ([]ValidationRecord, error) {
+	return list[ValidationRecord](ctx, c, Ref{KindBackup, id}, "ListValidations", limit)
+}
+
+// Screenshot returns the newest screenshot of a backup's guest, as PNG.
+func (c *Client) Screenshot(ctx context.Context, id string) (png []byte, err error) {
+	err = c.object(ctx, Ref{KindBackup, id}, "ReadScreenshot", []any{EncodeOptions(NoOptions{})}, &png)
+	return png, err
+}
+
 // RestoreBackup restores a backup as a new domain.
 func (c *Client) RestoreBackup(ctx context.Context, id, name string, o RestoreOptions) (job string, err error) {
 	return c.job(ctx, Ref{KindBackup, id}, "Restore", name, EncodeOptions(o))

@@ -14,6 +14,12 @@ type CompressionTime string
 // is not to be.
 type CompressionState string
 
+// ValidationResult is what came of trying a backup; "" if it was never tried.
+type ValidationResult string
+
+// ValidationVerdict is what one step found.
+type ValidationVerdict string
+
 // Quiesce is how a guest is quieted for the point in time.
 type Quiesce string
 
@@ -86,6 +92,15 @@ const (
 	CompressionDue    CompressionState = "due"
 	CompressionDone   CompressionState = "done"
 	CompressionFailed CompressionState = "failed"
+
+	ValidationValid    ValidationResult = "valid"
+	ValidationNotValid ValidationResult = "not-valid"
+	ValidationUnable   ValidationResult = "unable"
+
+	VerdictValid    ValidationVerdict = "valid"
+	VerdictNotValid ValidationVerdict = "not-valid"
+	VerdictUnable   ValidationVerdict = "unable"
+	VerdictSkipped  ValidationVerdict = "skipped"
 
 	QuiesceNone    Quiesce = "none"
 	QuiesceAgent   Quiesce = "agent"

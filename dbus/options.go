@@ -39,6 +39,14 @@ type Retention struct {
 type Validation struct {
 	Validate        *bool     `dbus:"validate"`
 	ValidationSteps *[]string `dbus:"validation_steps"`
+	// Times are in seconds; 0 for the daemon's configuration.
+	ValidationBootTimeout    *uint32   `dbus:"validation_boot_timeout"`
+	ValidationCommand        *string   `dbus:"validation_command"`
+	ValidationArguments      *[]string `dbus:"validation_arguments"`
+	ValidationExpected       *string   `dbus:"validation_expected"` // in base64; empty for an exit code of 0
+	ValidationCommandTimeout *uint32   `dbus:"validation_command_timeout"`
+	ValidationScreenshotWait *uint32   `dbus:"validation_screenshot_wait"`
+	ValidationPorts          *[]string `dbus:"validation_ports"`
 }
 
 // Rights are what those who are not root may do; what is nil is left as it was.

@@ -71,26 +71,35 @@ type OfferingProperties struct {
 	Fallback         Fallback      `dbus:"Fallback"`
 	Domains          []string      `dbus:"Domains"`
 
-	Description         string          `dbus:"Description"`
-	Origin              string          `dbus:"Origin"`
-	Disabled            bool            `dbus:"Disabled"`
-	Users               []string        `dbus:"Users"`
-	AllowUserBackups    bool            `dbus:"AllowUserBackups"`
-	AllowUserSchedules  bool            `dbus:"AllowUserSchedules"`
-	AllowQuickRestore   bool            `dbus:"AllowQuickRestore"`
-	AllowFileExtraction bool            `dbus:"AllowFileExtraction"`
-	Validate            bool            `dbus:"Validate"`
-	ValidationSteps     []string        `dbus:"ValidationSteps"`
-	CompressionTime     CompressionTime `dbus:"CompressionTime"`
-	IncludeDisks        []string        `dbus:"IncludeDisks"`
-	ExcludeDisks        []string        `dbus:"ExcludeDisks"`
-	VolatileDisks       bool            `dbus:"VolatileDisks"`
-	KeepLast            uint32          `dbus:"KeepLast"`
-	KeepHourly          uint32          `dbus:"KeepHourly"`
-	KeepDaily           uint32          `dbus:"KeepDaily"`
-	KeepWeekly          uint32          `dbus:"KeepWeekly"`
-	KeepMonthly         uint32          `dbus:"KeepMonthly"`
-	KeepYearly          uint32          `dbus:"KeepYearly"`
+	Description         string   `dbus:"Description"`
+	Origin              string   `dbus:"Origin"`
+	Disabled            bool     `dbus:"Disabled"`
+	Users               []string `dbus:"Users"`
+	AllowUserBackups    bool     `dbus:"AllowUserBackups"`
+	AllowUserSchedules  bool     `dbus:"AllowUserSchedules"`
+	AllowQuickRestore   bool     `dbus:"AllowQuickRestore"`
+	AllowFileExtraction bool     `dbus:"AllowFileExtraction"`
+	Validate            bool     `dbus:"Validate"`
+	ValidationSteps     []string `dbus:"ValidationSteps"`
+
+	ValidationBootTimeout    uint32   `dbus:"ValidationBootTimeout"`
+	ValidationCommand        string   `dbus:"ValidationCommand"`
+	ValidationArguments      []string `dbus:"ValidationArguments"`
+	ValidationExpected       string   `dbus:"ValidationExpected"`
+	ValidationCommandTimeout uint32   `dbus:"ValidationCommandTimeout"`
+	ValidationScreenshotWait uint32   `dbus:"ValidationScreenshotWait"`
+	ValidationPorts          []string `dbus:"ValidationPorts"`
+
+	CompressionTime CompressionTime `dbus:"CompressionTime"`
+	IncludeDisks    []string        `dbus:"IncludeDisks"`
+	ExcludeDisks    []string        `dbus:"ExcludeDisks"`
+	VolatileDisks   bool            `dbus:"VolatileDisks"`
+	KeepLast        uint32          `dbus:"KeepLast"`
+	KeepHourly      uint32          `dbus:"KeepHourly"`
+	KeepDaily       uint32          `dbus:"KeepDaily"`
+	KeepWeekly      uint32          `dbus:"KeepWeekly"`
+	KeepMonthly     uint32          `dbus:"KeepMonthly"`
+	KeepYearly      uint32          `dbus:"KeepYearly"`
 
 	Created time.Time `dbus:"Created"`
 }
@@ -258,8 +267,34 @@ type BackupProperties struct {
 	Host             string           `dbus:"Host"`
 	Version          string           `dbus:"Version"`
 	Verified         time.Time        `dbus:"Verified"`
+	ValidationResult ValidationResult `dbus:"ValidationResult"`
+	ValidationStep   string           `dbus:"ValidationStep"`
+	ValidationCause  string           `dbus:"ValidationCause"`
+	Validated        time.Time        `dbus:"Validated"`
 	Children         []string         `dbus:"Children"`
 	Disks            []BackupDisk     `dbus:"Disks"`
+}
+
+// ValidationRecord is one of Backup.ListValidations.
+type ValidationRecord struct {
+	ID            string              `dbus:"id"`
+	Job           string              `dbus:"job"`
+	Result        ValidationResult    `dbus:"result"`
+	Step          string              `dbus:"step"`
+	Cause         string              `dbus:"cause"`
+	Started       time.Time           `dbus:"started"`
+	Finished      time.Time           `dbus:"finished"`
+	HasScreenshot bool                `dbus:"has_screenshot"`
+	Findings      []ValidationFinding `dbus:"findings"`
+}
+
+// ValidationFinding is one of ValidationRecord.Findings.
+type ValidationFinding struct {
+	Step     string            `dbus:"step"`
+	Verdict  ValidationVerdict `dbus:"verdict"`
+	Cause    string            `dbus:"cause"`
+	Output   string            `dbus:"output"`
+	TookUsec uint64            `dbus:"took_usec"`
 }
 
 // JobProperties are those of org.virtbackup1.Job.

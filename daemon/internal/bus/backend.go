@@ -133,6 +133,10 @@ type Backups interface {
 	ReleaseBackup(ctx context.Context, caller Caller, id string) error
 	VerifyBackup(ctx context.Context, caller Caller, id string) (job string, err error)
 	CompressBackup(ctx context.Context, caller Caller, id string, o dbus.CompressOptions) (job string, err error)
+	// BackupValidations returns the newest first. The limit is from 1 to 1000.
+	BackupValidations(ctx context.Context, id string, limit int) ([]dbus.ValidationRecord, error)
+	// BackupScreenshot returns a PNG; dbus.ErrNotFound when there is none.
+	BackupScreenshot(ctx context.Context, id string) ([]byte, error)
 	RestoreBackup(ctx context.Context, caller Caller, id, name string, o dbus.RestoreOptions) (job string, err error)
 	RestoreInPlace(ctx context.Context, caller Caller, id string, o dbus.RestoreInPlaceOptions) (job string, err error)
 	PlanRestore(ctx context.Context, id string, o dbus.PlanRestoreOptions) (dbus.RestorePlan, error)

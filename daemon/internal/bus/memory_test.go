@@ -291,6 +291,15 @@ func (m *memory) CompressBackup(_ context.Context, c Caller, id string, o dbus.C
 	return jobID, m.note(c, "compress %s by %s", id, *o.Compression)
 }
 
+func (m *memory) BackupValidations(_ context.Context, id string, limit int) ([]dbus.ValidationRecord, error) {
+	return []dbus.ValidationRecord{{ID: id, Result: dbus.ValidationNotValid, Step: "judge_screen", Cause: fmt.Sprintf("limit %d", limit),
+		Findings: []dbus.ValidationFinding{{Step: "judge_screen", Verdict: dbus.VerdictNotValid, Output: "kernel panic", TookUsec: 7}}}}, nil
+}
+
+func (m *memory) BackupScreenshot(_ context.Context, id string) ([]byte, error) {
+	return []byte("PNG of " + id), nil
+}
+
 func (m *memory) RestoreBackup(_ context.Context, c Caller, id, name string, o dbus.RestoreOptions) (string, error) {
 	return jobID, m.note(c, "restore %s as %s %v", id, name, o.Disks)
 }

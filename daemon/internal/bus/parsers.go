@@ -259,6 +259,23 @@ func domainMarks(about dbus.Ref, a arguments) (request, error) {
 	return request{run: run}, err
 }
 
+func backupValidations(about dbus.Ref, a arguments) (request, error) {
+	limit, err := pageLimit(a.number(0))
+	run := func(ctx context.Context, s *Server, _ Caller) ([]any, error) {
+		all, err := s.backend.BackupValidations(ctx, about.ID, limit)
+		return []any{dbus.EncodeRecords(all)}, err
+	}
+	return request{run: run}, err
+}
+
+func readScreenshot(about dbus.Ref, a arguments) (request, error) {
+	run := func(ctx context.Context, s *Server, _ Caller) ([]any, error) {
+		png, err := s.backend.BackupScreenshot(ctx, about.ID)
+		return []any{png}, err
+	}
+	return request{run: run}, a.options(&dbus.NoOptions{})
+}
+
 func restoreBackup(about dbus.Ref, a arguments) (request, error) {
 	name := a.text(0)
 	var o dbus.RestoreOptions

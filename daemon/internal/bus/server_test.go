@@ -263,6 +263,13 @@ func TestClientReadsWhatTheBackendSays(t *testing.T) {
 			t.Error(got, err)
 		}
 	}
+	if got, err := c.Validations(ctx, backupID, 7); err != nil || len(got) != 1 || got[0].Result != dbus.ValidationNotValid || got[0].Cause != "limit 7" ||
+		len(got[0].Findings) != 1 || got[0].Findings[0] != (dbus.ValidationFinding{Step: "judge_screen", Verdict: dbus.VerdictNotValid, Output: "kernel panic", TookUsec: 7}) {
+		t.Error(got, err)
+	}
+	if got, err := c.Screenshot(ctx, backupID); err != nil || string(got) != "PNG of "+backupID {
+		t.Errorf("%q, %v", got, err)
+	}
 	if p, err := c.PlanRestore(ctx, backupID, dbus.PlanRestoreOptions{Name: "copy"}); err != nil || p.DomainName != "copy" || len(p.Disks) != 1 {
 		t.Error(p, err)
 	}

@@ -33,6 +33,7 @@ type Backup struct {
 	// CompressionError why that failed.
 	CompressionState CompressionState
 	CompressionError string
+	Validation       ValidationSummary
 	Verified         time.Time // when it was last read back by a job of its own; zero for never
 	Size             uint64    // bytes of all disks, as the guest sees them
 	StoredBytes      uint64
@@ -78,7 +79,7 @@ func (b Backup) Link() chain.Backup {
 const backupColumns = `id, domain, domain_name, coalesce(chain, iif(kind = 'full', id, '')), coalesce(parent, ''), repository, job, kind, state, cause,
 	isolated, consistency, created, finished, size, stored_bytes, data_bytes, error,
 	offering, mode, compression, compression_time, level, threads, chain_size, quiesce, quiesce_policy, tracking, fallback, verified, mark, held, shortfall, uid, pin, hold, sequence,
-	compression_state, compression_error`
+	compression_state, compression_error, validation, validation_step, validation_cause, validated`
 
 func scanBackup(from row) (b Backup, err error) {
 	var held int64
@@ -86,7 +87,8 @@ func scanBackup(from row) (b Backup, err error) {
 		&b.Isolated, &b.Consistency, timestamp{&b.Created}, timestamp{&b.Finished}, &b.Size, &b.StoredBytes, &b.DataBytes, &b.Error,
 		&b.Offering, &b.Mode, &b.Compression, &b.CompressionTime, &b.Level, &b.Threads, &b.ChainSize, &b.Quiesce, &b.QuiescePolicy, &b.Tracking, &b.Fallback,
 		timestamp{&b.Verified}, &b.Mark, &held, &b.Shortfall, &b.UID, &b.Pin, &b.Hold, &b.Sequence,
-		&b.CompressionState, &b.CompressionError)
+		&b.CompressionState, &b.CompressionError,
+		&b.Validation.Result, &b.Validation.Step, &b.Validation.Cause, timestamp{&b.Validation.Finished})
 	b.Held = time.Duration(held) * time.Microsecond
 	return b, err
 }

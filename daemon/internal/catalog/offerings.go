@@ -42,8 +42,15 @@ type Rights struct {
 
 // Validation says whether and how backups are tried.
 type Validation struct {
-	Validate bool
-	Steps    []string
+	Validate       bool
+	Steps          []string
+	BootTimeout    time.Duration // 0: as the configuration says, as of the other times
+	Command        string        // of the step execute_command; "" for none
+	Arguments      []string
+	Expected       string // what it must write, in base64; "": its exit code must be 0
+	CommandTimeout time.Duration
+	ScreenshotWait time.Duration
+	Ports          []string // that somebody must listen at
 }
 
 // Offering is a named set of backup options.
@@ -62,7 +69,8 @@ type Offering struct {
 }
 
 const offeringColumns = `id, name, repository, description, origin, disabled, users, user_backups, user_schedules, quick_restore, file_extraction,
-	validate, validation_steps, mode, compression, compression_time, level, threads, chain_size, quiesce, quiesce_policy, tracking, fallback,
+	validate, validation_steps, validation_boot_timeout, validation_command, validation_arguments, validation_expected, validation_command_timeout,
+	validation_screenshot_wait, validation_ports, mode, compression, compression_time, level, threads, chain_size, quiesce, quiesce_policy, tracking, fallback,
 	include_disks, exclude_disks, volatile_disks, keep_last, keep_hourly, keep_daily, keep_weekly, keep_monthly, keep_yearly, created`
 
 // texts is a list of strings in a column, as JSON.
@@ -82,6 +90,18 @@ func (t texts) Scan(v any) error {
 	return nil
 }
 
+// span is a time in a column, in microseconds.
+type span struct{ to *time.Duration }
+
+func (s span) Scan(v any) error {
+	n, ok := v.(int64)
+	if !ok {
+		return fmt.Errorf("not a time: %v", v)
+	}
+	*s.to = time.Duration(n) * time.Microsecond
+	return nil
+}
+
 func fromTexts(list []string) string {
 	b, err := json.Marshal(append([]string{}, list...))
 	if err != nil {
@@ -93,6 +113,7 @@ func fromTexts(list []string) string {
 func scanOffering(from row) (o Offering, err error) {
 	err = from.Scan(&o.ID, &o.Name, &o.Repository, &o.Description, &o.Origin, &o.Disabled,
 		texts{&o.Users}, &o.Backups, &o.Schedules, &o.QuickRestore, &o.FileExtraction, &o.Validate, texts{&o.Steps},
+		span{&o.BootTimeout}, &o.Command, texts{&o.Arguments}, &o.Expected, span{&o.CommandTimeout}, span{&o.ScreenshotWait}, texts{&o.Ports},
 		&o.Mode, &o.Compression, &o.CompressionTime, &o.Level, &o.Threads, &o.ChainSize, &o.Quiesce, &o.QuiescePolicy, &o.Tracking, &o.Fallback,
 		texts{&o.Include}, texts{&o.Exclude}, &o.Volatile,
 		&o.Last, &o.Hourly, &o.Daily, &o.Weekly, &o.Monthly, &o.Yearly, timestamp{&o.Created})
@@ -106,6 +127,7 @@ func (o Offering) values() []any {
 	}
 	return []any{o.ID, o.Name, o.Repository, o.Description, o.Origin, o.Disabled,
 		fromTexts(o.Users), o.Backups, o.Schedules, o.QuickRestore, o.FileExtraction, o.Validate, fromTexts(o.Steps),
+		o.BootTimeout.Microseconds(), o.Command, fromTexts(o.Arguments), o.Expected, o.CommandTimeout.Microseconds(), o.ScreenshotWait.Microseconds(), fromTexts(o.Ports),
 		o.Mode, o.Compression, o.CompressionTime, o.Level, o.Threads, o.ChainSize, o.Quiesce, o.QuiescePolicy, o.Tracking, o.Fallback,
 		fromTexts(o.Include), fromTexts(o.Exclude), o.Volatile,
 		o.Last, o.Hourly, o.Daily, o.Weekly, o.Monthly, o.Yearly, toMicro(o.Created)}

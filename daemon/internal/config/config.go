@@ -34,6 +34,7 @@ type Config struct {
 	Metrics      Metrics
 	Retention    Retention
 	Compression  Compression
+	Validation   Validation
 	Repositories Repositories
 
 	sources map[string]string // of the settings in the file: "file:line"
@@ -121,6 +122,13 @@ type Compression struct {
 	Rate          int     // MB/s that it may read, and as much that it may write; 0: no bound
 }
 
+// Validation is the section [validation], of backups that are tried by starting them.
+type Validation struct {
+	BootTimeout    time.Duration // for the guest agent to answer
+	CommandTimeout time.Duration // for a command in the guest
+	ScreenshotWait time.Duration // from the start of the guest
+}
+
 // Repositories is the section [repositories].
 type Repositories struct {
 	MountTimeout time.Duration // for mounting storage, and for unmounting it
@@ -158,6 +166,7 @@ func Default() *Config {
 		Metrics:      Metrics{Interval: time.Minute},
 		Retention:    Retention{MostAtOnce: 20},
 		Compression:  Compression{Enabled: true, Retries: 2, RetryInterval: time.Hour, Threads: 1, MinimumFree: 1},
+		Validation:   Validation{BootTimeout: 4 * time.Minute, CommandTimeout: time.Minute, ScreenshotWait: time.Minute},
 		Repositories: Repositories{MountTimeout: 30 * time.Second, UnmountAfter: 5 * time.Minute, LookEvery: time.Minute, LookIdle: 10 * time.Minute, HungAfter: 20 * time.Second, SlowAfter: 5 * time.Second},
 	}
 }

@@ -26,7 +26,7 @@ type setting struct {
 // and documented from it.
 func (c *Config) settings() []setting {
 	d, v, l, j, b, r, s, p := &c.Daemon, &c.Libvirt, &c.Limits, &c.Jobs, &c.Backup, &c.Restore, &c.Repositories, &c.Compression
-	return []setting{
+	return slices.Concat([]setting{
 		directory("daemon.state_directory", &d.StateDirectory, "Where the catalog and the key of the manifests are. Has to be on a local disk."),
 		directory("daemon.runtime_directory", &d.RuntimeDirectory, "Where sockets and the state of running jobs are. Has to be on a tmpfs."),
 		{"daemon.log_level", &d.LogLevel, func() error { return d.LogLevel.check() }, "debug, info, warning, error", "How much is logged."},
@@ -85,6 +85,16 @@ func (c *Config) settings() []setting {
 		number("compression.rate", &p.Rate, 0, mostRate, "How many MB (1,000,000 bytes) of a backup are read per second for it, and as many written; 0 for no limit. The rates in [limits] hold as well."),
 
 		number("retention.most_at_once", &c.Retention.MostAtOnce, 1, 100000, "How many backups of a domain in a repository retention removes after one backup at most. \"virtbackupctl prune\" has no such limit."),
+	}, c.validationSettings())
+}
+
+// validationSettings are those of trying backups.
+func (c *Config) validationSettings() []setting {
+	v := &c.Validation
+	return []setting{
+		duration("validation.boot_timeout", &v.BootTimeout, time.Second, 24*time.Hour, "How long the guest agent of a backup that is tried may take to answer, if its offering or domain does not say."),
+		duration("validation.command_timeout", &v.CommandTimeout, time.Second, 24*time.Hour, "The same of the command that is run in the guest, and of each other question to the agent."),
+		duration("validation.screenshot_wait", &v.ScreenshotWait, time.Second, 24*time.Hour, "How long after the start of the guest the screenshot is taken, if its offering or domain does not say."),
 	}
 }
 

@@ -75,8 +75,11 @@ func (s *Service) offeringRecord(ctx context.Context, o catalog.Offering) (dbus.
 		Tracking: dbus.Tracking(o.Tracking), Fallback: dbus.Fallback(o.Fallback), Created: o.Created,
 		Description: o.Description, Origin: o.Origin, Disabled: o.Disabled, Users: o.Users,
 		AllowUserBackups: o.Backups, AllowUserSchedules: o.Schedules, AllowQuickRestore: o.QuickRestore, AllowFileExtraction: o.FileExtraction,
-		Validate: o.Validate, ValidationSteps: o.Steps, CompressionTime: dbus.CompressionTime(o.CompressionTime),
-		IncludeDisks: o.Include, ExcludeDisks: o.Exclude, VolatileDisks: o.Volatile,
+		Validate: o.Validate, ValidationSteps: o.Steps, ValidationBootTimeout: seconds(o.BootTimeout),
+		ValidationCommand: o.Command, ValidationArguments: o.Arguments, ValidationExpected: o.Expected,
+		ValidationCommandTimeout: seconds(o.CommandTimeout), ValidationScreenshotWait: seconds(o.ScreenshotWait), ValidationPorts: o.Ports,
+		CompressionTime: dbus.CompressionTime(o.CompressionTime),
+		IncludeDisks:    o.Include, ExcludeDisks: o.Exclude, VolatileDisks: o.Volatile,
 		KeepLast: uint32(o.Last), KeepHourly: uint32(o.Hourly), KeepDaily: uint32(o.Daily),
 		KeepWeekly: uint32(o.Weekly), KeepMonthly: uint32(o.Monthly), KeepYearly: uint32(o.Yearly),
 	}
@@ -152,6 +155,8 @@ func (n *names) backup(ctx context.Context, b catalog.Backup, children []string)
 		Compression: dbus.Compression(b.Compression), Verified: b.Verified,
 		HeldUsec: uint64(b.Held.Microseconds()), Shortfall: b.Shortfall, Hold: b.Hold,
 	}
+	p.ValidationResult, p.Validated = dbus.ValidationResult(b.Validation.Result), b.Validation.Finished
+	p.ValidationStep, p.ValidationCause = b.Validation.Step, b.Validation.Cause
 	p.CompressionState, p.CompressionError = dbus.CompressionState(b.CompressionState), b.CompressionError
 	if b.CompressionTime == string(dbus.CompressionDeferred) && b.CompressionState != catalog.CompressionDone {
 		p.Compression = dbus.CompressionNone

@@ -1,6 +1,7 @@
 package service
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"maps"
 	"regexp"
 	"slices"
+	"time"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/bus"
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
@@ -59,6 +61,12 @@ func setNumber(to *int, given *uint32) {
 	}
 }
 
+func setSeconds(to *time.Duration, given *uint32) {
+	if given != nil {
+		*to = time.Duration(*given) * time.Second
+	}
+}
+
 // apply applies what is given; fit tells whether it fits together.
 func (e *effective) apply(o dbus.Overrides) {
 	e.Settings = override(e.Settings, o.Settings)
@@ -74,6 +82,13 @@ func (e *effective) apply(o dbus.Overrides) {
 	set(&e.FileExtraction, o.AllowFileExtraction)
 	set(&e.Validate, o.Validate)
 	set(&e.Steps, o.ValidationSteps)
+	setSeconds(&e.BootTimeout, o.ValidationBootTimeout)
+	set(&e.Command, o.ValidationCommand)
+	set(&e.Arguments, o.ValidationArguments)
+	set(&e.Expected, o.ValidationExpected)
+	setSeconds(&e.CommandTimeout, o.ValidationCommandTimeout)
+	setSeconds(&e.ScreenshotWait, o.ValidationScreenshotWait)
+	set(&e.Ports, o.ValidationPorts)
 }
 
 func (e effective) fit() error {
@@ -82,18 +97,10 @@ func (e effective) fit() error {
 			return dbus.Errorf(dbus.ErrInvalidArgument, "%d backups to keep are too many: at most %d", kept, mostKept)
 		}
 	}
-	for _, step := range e.Steps {
-		if !slices.Contains(validationSteps(), step) {
-			return dbus.Errorf(dbus.ErrInvalidArgument, "there is no validation step %q: there are %v", step, validationSteps())
-		}
-	}
-	return fit(e.Settings)
+	return cmp.Or(fitValidation(e.Validation), fit(e.Settings))
 }
 
 const mostKept = 100_000
-
-// validationSteps are those of CloudStack's KBOSS.
-func validationSteps() []string { return []string{"wait_for_boot", "execute_command", "screenshot"} }
 
 // given is all of it as options.
 func (e effective) given() dbus.Overrides {
@@ -114,7 +121,11 @@ func (e effective) given() dbus.Overrides {
 			AllowUserBackups: &e.Backups, AllowUserSchedules: &e.Schedules,
 			AllowQuickRestore: &e.QuickRestore, AllowFileExtraction: &e.FileExtraction,
 		},
-		Validation: dbus.Validation{Validate: &e.Validate, ValidationSteps: &e.Steps},
+		Validation: dbus.Validation{
+			Validate: &e.Validate, ValidationSteps: &e.Steps, ValidationBootTimeout: new(seconds(e.BootTimeout)),
+			ValidationCommand: &e.Command, ValidationArguments: &e.Arguments, ValidationExpected: &e.Expected,
+			ValidationCommandTimeout: new(seconds(e.CommandTimeout)), ValidationScreenshotWait: new(seconds(e.ScreenshotWait)), ValidationPorts: &e.Ports,
+		},
 	}
 }
 

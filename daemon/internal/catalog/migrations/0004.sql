@@ -16,5 +16,36 @@ CREATE INDEX backups_compression ON backups (id) WHERE compression_state = 'due'
 
 -- == validation
 
+-- How backups are tried; 0 seconds: as the configuration says.
+ALTER TABLE offerings ADD COLUMN validation_boot_timeout INTEGER NOT NULL DEFAULT 0; -- microseconds
+ALTER TABLE offerings ADD COLUMN validation_command TEXT NOT NULL DEFAULT '';
+ALTER TABLE offerings ADD COLUMN validation_arguments TEXT NOT NULL DEFAULT '[]'; -- JSON
+ALTER TABLE offerings ADD COLUMN validation_expected TEXT NOT NULL DEFAULT ''; -- base64; '': exit code 0
+ALTER TABLE offerings ADD COLUMN validation_command_timeout INTEGER NOT NULL DEFAULT 0; -- microseconds
+ALTER TABLE offerings ADD COLUMN validation_screenshot_wait INTEGER NOT NULL DEFAULT 0; -- microseconds
+ALTER TABLE offerings ADD COLUMN validation_ports TEXT NOT NULL DEFAULT '[]'; -- JSON
+
+-- What came of trying a backup, each time.
+CREATE TABLE validations (
+	id         TEXT PRIMARY KEY, -- ULID: the order in which they ended
+	backup     TEXT NOT NULL REFERENCES backups (id) ON DELETE CASCADE,
+	job        TEXT NOT NULL,
+	result     TEXT NOT NULL CHECK (result IN ('valid', 'not-valid', 'unable')),
+	step       TEXT NOT NULL, -- that decided it; '' if none did
+	cause      TEXT NOT NULL,
+	findings   TEXT NOT NULL, -- JSON: of each step
+	screenshot BLOB, -- PNG; NULL if none was taken, or a newer one is there
+	started    INTEGER NOT NULL,
+	finished   INTEGER NOT NULL
+) STRICT;
+CREATE INDEX validations_backup ON validations (backup, id);
+
+-- The newest of them, which lists show.
+ALTER TABLE backups ADD COLUMN validation TEXT NOT NULL DEFAULT ''; -- '' if it was never tried
+ALTER TABLE backups ADD COLUMN validation_step TEXT NOT NULL DEFAULT '';
+ALTER TABLE backups ADD COLUMN validation_cause TEXT NOT NULL DEFAULT '';
+ALTER TABLE backups ADD COLUMN validated INTEGER NOT NULL DEFAULT 0; -- when
+CREATE INDEX backups_validation ON backups (validation) WHERE validation <> '';
+
 
 -- == integrity

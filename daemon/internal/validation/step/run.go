@@ -22,9 +22,15 @@ func Names() []string {
 	return []string{NameBoot, NameFilesystems, NameCommand, NamePorts, NameScreenshot, NameJudge}
 }
 
+// DefaultNames are the steps where none is set: what any guest can do.
+func DefaultNames() []string { return []string{NameBoot, NameScreenshot, NameJudge} }
+
 // New returns the steps with these names, in the order in which they run;
 // started is when the guest was.
 func New(names []string, s Settings, started time.Time) ([]Step, error) {
+	if len(names) == 0 {
+		names = DefaultNames()
+	}
 	for _, name := range names {
 		if !slices.Contains(Names(), name) {
 			return nil, fmt.Errorf("there is no validation step %q: there are %v", name, Names())

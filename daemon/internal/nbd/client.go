@@ -1,8 +1,10 @@
 // Package nbd reads disks over the NBD protocol (fixed newstyle, structured
-// replies) from a unix socket. It exists because a backup needs block status
-// with several metadata contexts (allocation and dirty bitmap) and pipelined
-// reads, both without cgo. The server is not trusted: what it sends is bounded
-// and checked against what was asked.
+// replies) from a unix socket, and serves them so.
+//
+// The client exists because a backup needs block status with several metadata
+// contexts (allocation and dirty bitmap) and pipelined reads, both without cgo.
+// The server exists so that QEMU gets at the disks of a backup without opening
+// a file of it. Neither trusts its peer: what that sends is bounded and checked.
 package nbd
 
 import (

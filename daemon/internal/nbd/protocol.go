@@ -18,21 +18,42 @@ const (
 	flagFixedNewstyle = 1 << 0
 	flagNoZeroes      = 1 << 1
 
+	// Of an export.
+	flagHasFlags  = 1 << 0
+	flagReadOnly  = 1 << 1
+	flagSendDF    = 1 << 7
+	flagMultiConn = 1 << 8
+
+	optExportName      = 1
+	optAbort           = 2
+	optList            = 3
+	optInfo            = 6
 	optGo              = 7
 	optStructuredReply = 8
+	optListMetaContext = 9
 	optSetMetaContext  = 10
 
 	replyAck         = 1
+	replyServer      = 2
 	replyInfo        = 3
 	replyMetaContext = 4
 	replyErrorBit    = 1 << 31
+	replyUnsupported = replyErrorBit | 1
+	replyInvalid     = replyErrorBit | 3
+	replyUnknown     = replyErrorBit | 6
 
 	infoExport    = 0
 	infoBlockSize = 3
 
 	commandRead        = 0
+	commandWrite       = 1
 	commandDisconnect  = 2
+	commandTrim        = 4
+	commandWriteZeroes = 6
 	commandBlockStatus = 7
+
+	commandFlagDF  = 1 << 2 // do not fragment
+	commandFlagOne = 1 << 3 // one extent only
 
 	chunkDone        = 1 << 0
 	chunkNone        = 0
@@ -40,6 +61,7 @@ const (
 	chunkOffsetHole  = 2
 	chunkBlockStatus = 5
 	chunkErrorBit    = 1 << 15
+	chunkError       = chunkErrorBit | 1
 	chunkErrorOffset = chunkErrorBit | 2
 )
 

@@ -55,21 +55,26 @@ type storedDisk struct {
 // openDisk opens a disk of the newest backup. What the images' headers say is
 // compared with the manifests: no other file is ever opened because of them.
 func openDisk(r *repository.Repository, l lineage, target string) (*storedDisk, error) {
+	return openDiskWithin(r, l, target, chainTables)
+}
+
+// openDiskWithin is openDisk with a bound for the bytes of tables that are held.
+func openDiskWithin(r *repository.Repository, l lineage, target string, tables int64) (*storedDisk, error) {
 	top, ok := l[0].Disk(target)
 	if !ok {
 		return nil, fail(ClassManifest, "backup %s has no disk %q", l[0].Backup, target)
 	}
 	s := &storedDisk{Disk: top, zero: digest.ZeroSum(digest.BlockSize)}
-	if err := s.open(r, l); err != nil {
+	if err := s.open(r, l, tables); err != nil {
 		s.close()
 		return nil, inDisk(target, err)
 	}
 	return s, nil
 }
 
-func (s *storedDisk) open(r *repository.Repository, l lineage) error {
+func (s *storedDisk) open(r *repository.Repository, l lineage, tables int64) error {
 	// What is held of the tables is shared by the chain, however long it is.
-	limits := qcow2.Limits{Size: s.Size, Tables: max(chainTables/int64(len(l)), leastTables)}
+	limits := qcow2.Limits{Size: s.Size, Tables: max(tables/int64(len(l)), leastTables)}
 	for n, m := range l {
 		d, ok := m.Disk(s.Target)
 		if !ok || d.Size != s.Size {

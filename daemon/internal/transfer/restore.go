@@ -41,7 +41,7 @@ func (w *worker) restore(ctx context.Context) (err error) {
 	if err := w.status.enter(PhaseCopying); err != nil {
 		return err
 	}
-	if err := w.restoreFiles(r, l[0], &made); err != nil {
+	if err := w.restoreFiles(r, l[0], w.spec.Restore.Files, &made); err != nil {
 		return err
 	}
 	for _, d := range disks { // one after the other: each uses all processors
@@ -94,8 +94,8 @@ func (w *worker) openRestore(r *repository.Repository, l lineage, made *[]*desti
 	return disks, nil
 }
 
-func (w *worker) restoreFiles(r *repository.Repository, m *repository.Manifest, made *[]*destination) error {
-	for _, spec := range w.spec.Restore.Files {
+func (w *worker) restoreFiles(r *repository.Repository, m *repository.Manifest, files []RestoreFile, made *[]*destination) error {
+	for _, spec := range files {
 		if err := w.restoreFile(r, m, spec, made); err != nil {
 			return fmt.Errorf("file %s: %w", spec.Name, err)
 		}

@@ -1,5 +1,9 @@
 package transfer
 
+import (
+	"slices"
+)
+
 // ServeSpec has the disks of a backup of Spec.Domain served over NBD, read-only, each block compared with its digest.
 // Whoever reads them opens no file of the repository. Before that, other files of the backup are written.
 type ServeSpec struct {
@@ -24,7 +28,7 @@ type ServeDisk struct {
 type ServedDisk struct {
 	Target string   `json:"target"`
 	Read   uint64   `json:"read"`             // bytes that clients got
-	Damage []Damage `json:"damage,omitempty"` // ascending, without overlap
+	Damage []Damage `json:"damage,omitempty"` // ascending, without overlap; not more than maxDamage
 	// Unanswered is the first failure of the storage itself: it says nothing about the backup.
 	Unanswered *Failure `json:"unanswered,omitempty"`
 }
@@ -35,4 +39,30 @@ type Damage struct {
 	Length uint64 `json:"length"` // bytes
 	Backup string `json:"backup"` // whose image holds the range
 	Detail string `json:"detail"`
+}
+
+// maxDamage bounds how many ranges are told of a disk.
+const maxDamage = 1024
+
+// addDamage adds a range that nothing in the list overlaps, and joins it with
+// its neighbours.
+func addDamage(list []Damage, d Damage) []Damage {
+	at, _ := slices.BinarySearchFunc(list, d.Offset, func(l Damage, off uint64) int {
+		if l.Offset < off {
+			return -1
+		}
+		return 1
+	})
+	if at < len(list) && d.Offset+d.Length == list[at].Offset && list[at].Backup == d.Backup {
+		d.Length += list[at].Length
+		list = slices.Delete(list, at, at+1)
+	}
+	if at > 0 && list[at-1].Offset+list[at-1].Length == d.Offset && list[at-1].Backup == d.Backup {
+		list[at-1].Length += d.Length
+		return list
+	}
+	if len(list) >= maxDamage {
+		return list
+	}
+	return slices.Insert(list, at, d)
 }

@@ -10,17 +10,22 @@ import (
 
 const statusInterval = 500 * time.Millisecond
 
-// counters of one disk; bytes. They belong to one phase but for the last four.
+// counters of one disk; bytes. Done and total belong to one phase.
 type counters struct {
 	target                     string
 	done, total                atomic.Uint64
 	read, written, dirty, zero atomic.Uint64
+
+	// Of a disk that is served.
+	asking           requests
+	damaged, refused atomic.Uint64
 }
 
 func (c *counters) status() DiskStatus {
 	return DiskStatus{
 		Target: c.target, Done: c.done.Load(), Total: c.total.Load(), Read: c.read.Load(),
 		Written: c.written.Load(), Dirty: c.dirty.Load(), Zero: c.zero.Load(),
+		Pending: c.asking.oldest().Microseconds(), Damaged: c.damaged.Load(), Refused: c.refused.Load(),
 	}
 }
 
@@ -89,4 +94,38 @@ func (r *reporter) run(ctx context.Context) {
 			_ = r.write()
 		}
 	}
+}
+
+// requests are those that wait for their answers.
+type requests struct {
+	mu    sync.Mutex
+	next  uint64
+	since map[uint64]time.Time
+}
+
+// begin notes a request until the function that it returns is called.
+func (r *requests) begin() (end func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.since == nil {
+		r.since = map[uint64]time.Time{}
+	}
+	r.next++
+	id := r.next
+	r.since[id] = time.Now()
+	return func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		delete(r.since, id)
+	}
+}
+
+// oldest is how long the oldest one has waited.
+func (r *requests) oldest() (d time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, t := range r.since {
+		d = max(d, time.Since(t))
+	}
+	return d
 }

@@ -22,6 +22,11 @@ func waitConfirm(ctx context.Context, directory string) error {
 	return waitFor(ctx, directory, ConfirmFile, &struct{}{})
 }
 
+// waitStop waits for stop.json to appear in the job directory.
+func waitStop(ctx context.Context, directory string) error {
+	return waitFor(ctx, directory, StopFile, &struct{}{})
+}
+
 // waitFor waits for a file of the daemon to appear in the job directory, and
 // reads it.
 func waitFor(ctx context.Context, directory, name string, v any) error {

@@ -73,6 +73,7 @@ func (w *worker) run(ctx context.Context) error {
 		OperationMerge:    w.merge,
 		OperationInspect:  w.inspect,
 		OperationCompress: w.compress,
+		OperationServe:    w.serve,
 	}[w.spec.Operation]
 	if !known {
 		return fail(ClassInternal, "the operation %q is not known", w.spec.Operation)

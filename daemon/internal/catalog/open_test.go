@@ -163,6 +163,9 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, writeUntilKilled(context.Background(), path))
 		os.Exit(1)
 	}
+	if err := fewer(); err != nil {
+		panic(err)
+	}
 	os.Exit(m.Run())
 }
 

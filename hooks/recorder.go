@@ -59,8 +59,14 @@ func (c call) record(ctx context.Context, stdin io.Reader) error {
 		XMLName xml.Name `xml:"domain"`
 		ID      int      `xml:"id,attr"`
 		UUID    string   `xml:"uuid"`
+		Mark    struct {
+			Validation *struct{} `xml:"https://virtbackup.org/xmlns/validation/1 validation"`
+		} `xml:"metadata"`
 	}
 	err := xml.Unmarshal(text, &d)
+	if err == nil && d.Mark.Validation != nil {
+		return nil // a temporary domain of ours, whose disks nobody tracks
+	}
 	if err != nil {
 		err = fmt.Errorf("cannot read the definition of domain %q: %w", r.Name, err)
 	} else {

@@ -6,11 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
-	"os/user"
 	"path/filepath"
-	"strconv"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -29,7 +25,7 @@ const (
 // overwrites while it is copied, and the directory for its socket.
 func (r live) prepare(ctx context.Context) error {
 	s := r.Settings()
-	uid, gid, err := qemuUser()
+	uid, gid, err := hypervisor.User()
 	if err != nil {
 		return err
 	}
@@ -50,7 +46,7 @@ func (r live) prepare(ctx context.Context) error {
 		return fmt.Errorf("cannot make a scratch directory: %w", err)
 	}
 	for _, k := range r.Plan.Disks {
-		if err := makeImage(ctx, r.Plan.scratch(s.ScratchDirectory, k.Target), k.Size, uid, gid); err != nil {
+		if err := hypervisor.MakeImage(ctx, r.Plan.scratch(s.ScratchDirectory, k.Target), k.Size, uid, gid); err != nil {
 			return err
 		}
 	}
@@ -100,25 +96,6 @@ func setAsideNow(minimum uint64, used []uint64) uint64 {
 		need += minimum - min(minimum, u)
 	}
 	return need
-}
-
-// makeImage makes an empty qcow2 image for QEMU alone.
-func makeImage(ctx context.Context, path string, size uint64, uid, gid int) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err == nil {
-		err = f.Close()
-	}
-	if err != nil {
-		return fmt.Errorf("cannot make a scratch image: %w", err)
-	}
-	out, err := exec.CommandContext(ctx, "qemu-img", "create", "-q", "-f", "qcow2", path, strconv.FormatUint(size, 10)).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("cannot make the scratch image %s: qemu-img: %w: %s", path, err, strings.TrimSpace(string(out)))
-	}
-	if err := os.Chown(path, uid, gid); err != nil {
-		return fmt.Errorf("cannot give a scratch image to QEMU: %w", err)
-	}
-	return nil
 }
 
 // remove removes the scratch images and the socket, if there are any.
@@ -182,19 +159,4 @@ func checkFree(directory string, minimum uint64, used []uint64) error {
 			free>>20, directory, need>>20, minimum>>20, len(used)+1)
 	}
 	return nil
-}
-
-// qemuUser is the user as which libvirt's system instance runs QEMU: on Debian
-// and its kin libvirt-qemu, elsewhere qemu.
-func qemuUser() (uid, gid int, err error) {
-	for _, name := range []string{"libvirt-qemu", "qemu"} {
-		u, err := user.Lookup(name)
-		if err != nil {
-			continue
-		}
-		uid, err1 := strconv.Atoi(u.Uid)
-		gid, err2 := strconv.Atoi(u.Gid)
-		return uid, gid, errors.Join(err1, err2)
-	}
-	return 0, 0, errors.New("cannot find the user as which QEMU runs: there is neither libvirt-qemu nor qemu")
 }

@@ -3,6 +3,7 @@ package backup
 import (
 	"encoding/json"
 	"errors"
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -16,7 +17,7 @@ import (
 func TestMakeImage(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "vda.qcow2")
 	const size = 123 * 512
-	if err := makeImage(t.Context(), path, size, os.Getuid(), os.Getgid()); err != nil {
+	if err := hypervisor.MakeImage(t.Context(), path, size, os.Getuid(), os.Getgid()); err != nil {
 		t.Fatal(err)
 	}
 	info, err := os.Stat(path)
@@ -36,7 +37,7 @@ func TestMakeImage(t *testing.T) {
 	if err := json.Unmarshal(out, &image); err != nil || image.Size != size {
 		t.Errorf("virtual size is %d (%v), want %d", image.Size, err, size)
 	}
-	if err := makeImage(t.Context(), path, size, os.Getuid(), os.Getgid()); !errors.Is(err, fs.ErrExist) {
+	if err := hypervisor.MakeImage(t.Context(), path, size, os.Getuid(), os.Getgid()); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("an image that is there was taken: %v", err)
 	}
 }

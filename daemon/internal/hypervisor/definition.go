@@ -26,6 +26,7 @@ type Changes struct {
 	SkipOtherDisks  bool               // leave out every disk that is not in Disks (an optical or floppy drive stays, empty)
 	NVRAM           string             // path of the restored variable store; "" = libvirt makes a new one
 	BootDirectories []string           // kernel and initrd for direct boot may lie below these; none = direct boot is refused
+	BootFiles       []string           // or be these
 }
 
 // NewDisk is where a disk's content is now.
@@ -57,26 +58,34 @@ type rebuild struct {
 // Changes that do not fit (a disk without a place, a kernel that is not
 // allowed) are errors.
 func NewDefinition(doc []byte, changes Changes) (definition string, dropped []string, err error) {
+	out, dropped, err := newDefinition(doc, changes)
+	if err != nil {
+		return "", nil, err
+	}
+	definition, err = out.marshal()
+	return definition, dropped, err
+}
+
+func newDefinition(doc []byte, changes Changes) (out *element, dropped []string, err error) {
 	if err := changes.check(); err != nil {
-		return "", nil, fmt.Errorf("cannot make a definition: %w", err)
+		return nil, nil, fmt.Errorf("cannot make a definition: %w", err)
 	}
 	root, err := parseTree(doc)
 	if err != nil {
-		return "", nil, fmt.Errorf("cannot make a definition: %w", err)
+		return nil, nil, fmt.Errorf("cannot make a definition: %w", err)
 	}
 	if root.name != "domain" {
-		return "", nil, fmt.Errorf("cannot make a definition: the root element is %q, not domain", root.name)
+		return nil, nil, fmt.Errorf("cannot make a definition: the root element is %q, not domain", root.name)
 	}
 	r := &rebuild{changes: changes, used: make(map[string]bool)}
-	out, err := r.filter("domain", root, definitionRules())
+	out, err = r.filter("domain", root, definitionRules())
 	if err == nil {
 		err = r.allUsed()
 	}
 	if err != nil {
-		return "", nil, fmt.Errorf("cannot make a definition: %w", err)
+		return nil, nil, fmt.Errorf("cannot make a definition: %w", err)
 	}
-	definition, err = out.marshal()
-	return definition, r.dropped, err
+	return out, r.dropped, nil
 }
 
 func (c Changes) check() error {

@@ -153,14 +153,14 @@ func (r *rebuild) forget(paths ...string) {
 // nothing, since libvirt gives it to the user that QEMU runs as.
 func fixBootFile(r *rebuild, _, e *element) (bool, error) {
 	path := e.text
-	if len(r.changes.BootDirectories) == 0 {
+	if len(r.changes.BootDirectories)+len(r.changes.BootFiles) == 0 {
 		return false, fmt.Errorf("the domain boots its %s directly from %s, which is not allowed here", e.name, path)
 	}
 	real, err := filepath.EvalSymlinks(path)
 	if err != nil {
 		return false, fmt.Errorf("the domain's %s is not here: %w", e.name, err)
 	}
-	if !filepath.IsAbs(path) || !below(real, r.changes.BootDirectories) {
+	if !filepath.IsAbs(path) || !below(real, r.changes.BootDirectories) && !contains(r.changes.BootFiles, path) {
 		return false, fmt.Errorf("the domain's %s %s is in no directory that is allowed for it", e.name, path)
 	}
 	info, err := os.Lstat(real)

@@ -2,6 +2,7 @@ package hypervisor
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"regexp"
 	"slices"
@@ -167,7 +168,7 @@ func (h *Hypervisor) Domains(ctx context.Context) ([]Domain, error) {
 				continue
 			}
 			freeDomain(&all[i])
-			if !isCode(err, libvirt.ERR_NO_DOMAIN) {
+			if !isCode(err, libvirt.ERR_NO_DOMAIN) && !errors.Is(err, ErrNoDomain) {
 				return nil, err
 			}
 		}
@@ -241,6 +242,9 @@ func definedAs(c *libvirt.Connect, d *libvirt.Domain) (Domain, error) {
 	var def libvirtxml.Domain
 	if err := def.Unmarshal(doc); err != nil {
 		return Domain{}, fmt.Errorf("cannot parse the domain's definition: %w", err)
+	}
+	if def.Metadata != nil && validationOf(def.Metadata.XML) != "" {
+		return Domain{}, fmt.Errorf("%w: it is a temporary one of a validation", ErrNoDomain)
 	}
 	out := Domain{XML: doc, Name: def.Name, UUID: def.UUID, Firmware: firmware(&def), TPM: tpm(&def)}
 	// Not by a call of its own: the domain may have been started since.

@@ -44,13 +44,10 @@ func mountFaulty(h *host) *faulty {
 	}
 	h.Cleanup(func() {
 		f.heal()
-		for range 100 {
-			if err = server.Unmount(); err == nil {
-				return
-			}
-			time.Sleep(20 * time.Millisecond)
+		if err := server.Unmount(); err != nil { // it has tried for some seconds
+			_ = syscall.Unmount(point, syscall.MNT_DETACH)
+			h.Error(err)
 		}
-		h.Error(err)
 	})
 	h.repo = point
 	return f

@@ -41,11 +41,7 @@ func (w *worker) serve(ctx context.Context) (err error) {
 	}
 	w.result.Manifest = l[0]
 	disks, err := w.openServed(r, l)
-	defer func() {
-		for _, d := range disks {
-			d.close()
-		}
-	}()
+	defer func() { closeServed(disks) }()
 	if err != nil {
 		return err
 	}
@@ -107,6 +103,17 @@ func (w *worker) openServed(r *repository.Repository, l lineage) (disks []*serve
 		})
 	}
 	return disks, nil
+}
+
+// closeServed closes the disks' files, but for those that somebody still reads
+// from, in storage that hangs: closing would wait for it. The process ends soon.
+func closeServed(disks []*servedDisk) {
+	for _, d := range disks {
+		if len(d.readers) > 0 {
+			return
+		}
+		d.close()
+	}
 }
 
 // serveDisks returns when it is told to stop, and nothing is being answered any

@@ -504,6 +504,46 @@ func TestServedStorageIsWaitedFor(t *testing.T) {
 	}
 }
 
+// TestStopDoesNotWaitForStorage stops a worker while it hangs: its result is
+// there at once, and its process ends with the storage's next answer.
+func TestStopDoesNotWaitForStorage(t *testing.T) {
+	program := buildWorker(t)
+	h, _, _, increment := chainOfTwo(t, "none")
+	f := mountFaulty(h)
+	s := h.serveSpec(increment, "vda")
+	s.Wait = true
+	dir := h.job(Spec{Operation: OperationServe, Serve: s})
+	c := exec.Command(program, dir)
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- c.Wait() }()
+	awaitPhase(h, dir, PhaseServing)
+	v := &serving{host: h, dir: dir, sock: filepath.Dir(s.Disks[0].Socket)}
+	client := v.dial("vda")
+	f.hang()
+	go func() { _ = client.ReadAt(context.Background(), make([]byte, digest.BlockSize), 1<<20) }()
+	f.awaitHung(h)
+	if err := WriteStop(dir); err != nil {
+		t.Fatal(err)
+	}
+	var r *Result
+	for deadline := time.Now().Add(time.Minute); r == nil; time.Sleep(20 * time.Millisecond) {
+		r, _ = ReadResult(dir)
+		if time.Now().After(deadline) {
+			t.Fatal("no result while the storage hangs")
+		}
+	}
+	if r.Error != nil || len(r.Served) != 1 || r.Served[0].Unanswered != nil {
+		t.Errorf("%+v", r)
+	}
+	f.heal()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
+
 // TestAddDamage adds blocks in any order: they come out ascending, joined with
 // their neighbours of the same backup.
 func TestAddDamage(t *testing.T) {

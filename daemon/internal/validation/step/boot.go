@@ -15,7 +15,7 @@ type boot struct{ timeout time.Duration }
 
 func (boot) Name() string { return NameBoot }
 
-func (b boot) Run(ctx context.Context, g Guest) Finding {
+func (b boot) Run(ctx context.Context, g Guest, _ []Finding) Finding {
 	within, cancel := context.WithTimeout(ctx, b.timeout)
 	defer cancel()
 	for {

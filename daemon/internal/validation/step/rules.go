@@ -50,8 +50,8 @@ func excuse(ctx context.Context, g Guest, f Finding) Finding {
 // is not valid; what is not there to be asked is skipped; all else is the host's.
 func failed(err error) Finding {
 	switch {
-	case errors.Is(err, ErrNoAgent):
-		return Finding{Verdict: Skipped, Cause: ErrNoAgent.Error()}
+	case errors.Is(err, ErrNoAgent), errors.Is(err, ErrNoScreen):
+		return Finding{Verdict: Skipped, Cause: err.Error()}
 	case errors.Is(err, ErrSilent), errors.Is(err, ErrEnded):
 		return Finding{Verdict: NotValid, Cause: err.Error()}
 	}

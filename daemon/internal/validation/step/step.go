@@ -25,7 +25,7 @@ type Guest interface {
 	// Execute runs a program in the guest through its agent, until it has ended
 	// or ctx has. At most MaxOutput of each stream is kept.
 	Execute(ctx context.Context, c Command) (Output, error)
-	// Screenshot is the first screen, as PPM or PNG.
+	// Screenshot is the first screen, as PPM or PNG, or ErrNoScreen.
 	Screenshot(ctx context.Context) ([]byte, error)
 	// Impeded says what on the host keeps the guest from going on as it would, as
 	// a repository that does not answer or a QEMU that was killed; nil if nothing does.
@@ -40,6 +40,8 @@ var (
 	ErrSilent = errors.New("the guest agent does not answer")
 	// ErrRefused: the agent answered that it cannot or must not do it, as for a program that does not exist.
 	ErrRefused = errors.New("the guest agent refused")
+	// ErrNoScreen: the machine has no video device.
+	ErrNoScreen = errors.New("the domain has no screen")
 	// ErrEnded: the guest powered itself off, or crashed.
 	ErrEnded = errors.New("the guest ended")
 )
@@ -88,7 +90,8 @@ type Finding struct {
 // does; what it says then is not used.
 type Step interface {
 	Name() string
-	Run(ctx context.Context, g Guest) Finding
+	// before is what the steps before it found.
+	Run(ctx context.Context, g Guest, before []Finding) Finding
 }
 
 // Report is what all steps found.

@@ -156,6 +156,8 @@ func title(job dbus.JobProperties) string {
 		return "restore of " + job.Backup
 	case dbus.OperationVerify:
 		return "verify of " + job.Backup
+	case dbus.OperationValidate:
+		return "validation of " + job.Backup
 	case dbus.OperationCompress:
 		return "compression of " + job.Backup
 	case dbus.OperationDelete:

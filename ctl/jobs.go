@@ -103,7 +103,7 @@ func (jobType) Type() string { return "WORD" }
 
 // services are the names by which KBOSS and people know what jobs do.
 func services() map[string]dbus.Operation {
-	return map[string]dbus.Operation{"compression": dbus.OperationCompress, "verification": dbus.OperationVerify}
+	return map[string]dbus.Operation{"compression": dbus.OperationCompress, "validation": dbus.OperationValidate, "verification": dbus.OperationVerify}
 }
 
 func addType(cmd *cobra.Command, value **dbus.Operation) {

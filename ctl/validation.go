@@ -37,6 +37,37 @@ func addValidation(cmd *cobra.Command, v *dbus.Validation) {
 	}
 }
 
+func (a *app) validateCommand() *cobra.Command {
+	var o dbus.ValidateOptions
+	cmd := &cobra.Command{
+		Use:   "validate BACKUP",
+		Short: "Try a backup, by starting a temporary domain from it",
+		Long: `Try a backup: start a temporary domain from it, which has no network, and let the
+validation steps look at its guest. The backup is not changed, and the domain is
+removed at the end. The exit status is 1 if it is not valid, or if this host
+could not tell; "show" tells what each step found.`,
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: a.names(1, backupNames),
+	}
+	var steps *[]string
+	addWords(cmd, &steps, "steps", "try it by these, and not by those that are set: "+strings.Join(validationSteps(), ", "), validationSteps()...)
+	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
+		id, err := findBackup(ctx, c, args[0])
+		if err != nil {
+			return err
+		}
+		if steps != nil {
+			o.Steps = *steps
+		}
+		job, err := c.ValidateBackup(ctx, id, o)
+		if err != nil {
+			return err
+		}
+		return a.finishAndTell(ctx, c, job)
+	})
+	return cmd
+}
+
 // repeated is a flag that is given once for each text.
 type repeated struct{ value **[]string }
 

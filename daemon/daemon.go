@@ -46,6 +46,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/share"
 	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
 	"github.com/virtbackup/virtbackup/daemon/internal/upkeep"
+	"github.com/virtbackup/virtbackup/daemon/internal/validation"
 	"github.com/virtbackup/virtbackup/daemon/internal/verification"
 	"github.com/virtbackup/virtbackup/dbus"
 	"github.com/virtbackup/virtbackup/hooks/spool"
@@ -89,6 +90,7 @@ type app struct {
 	engine     *job.Engine
 	schedules  *schedule.Keeper
 	upkeep     *upkeep.Keeper
+	validation *validation.Kind
 	mounts     *mounts.Keeper
 	health     *health.Watcher
 	service    *service.Service
@@ -192,7 +194,16 @@ func (a *app) wire() {
 		Destinations: func() []string { return a.settings.Load().Restore.Destinations },
 	})
 	compressions := compression.Kind{Catalog: a.catalog, Errand: errands, Settings: a.compressionSettings}
+	a.validation = validation.New(validation.Deps{
+		Catalog: a.catalog, Hypervisor: a.hypervisor, Errand: errands, Settings: a.validationSettings, Log: a.log,
+		Wanted: func(ctx context.Context, domain string) (catalog.Validation, error) {
+			return a.service.EffectiveValidation(ctx, domain)
+		},
+		BootDirectories: func() []string { return a.settings.Load().Restore.Destinations },
+		Directory:       filepath.Join(c.Daemon.StateDirectory, "validation"), RuntimeDirectory: filepath.Join(c.Daemon.RuntimeDirectory, "validation"),
+	})
 	a.engine = job.New(a.catalog, map[string]job.Kind{
+		string(dbus.OperationValidate):       a.validation,
 		string(dbus.OperationCompress):       compressions,
 		backup.KindName:                      a.backup,
 		string(dbus.OperationRestore):        restores,
@@ -215,7 +226,7 @@ func (a *app) wire() {
 	if err != nil {
 		a.log.Warn("cannot tell the name of this host", "error", err)
 	}
-	a.upkeep = &upkeep.Keeper{Chores: []upkeep.Chore{compressions}, Jobs: a.engine, Log: a.log}
+	a.upkeep = &upkeep.Keeper{Chores: []upkeep.Chore{compressions, a.validation}, Jobs: a.engine, Log: a.log}
 	a.schedules = schedule.New(a.catalog, a.timers, a.log)
 	a.service = service.New(service.Deps{
 		Catalog: a.catalog, Jobs: a.engine, Domains: a.hypervisor, Restore: restores, Lifecycle: a.lifecycle, Schedules: a.schedules, Storage: a.mounts, Ended: &a.ended, Config: c, Reload: a.reload,
@@ -366,7 +377,7 @@ func (a *app) notify(state string) {
 func (a *app) reconcile(ctx context.Context, cleared chan<- struct{}) {
 	events := a.hypervisor.Subscribe(ctx)
 	for first := true; ; first = false {
-		if err := a.backup.Reconcile(ctx); err != nil && ctx.Err() == nil {
+		if err := errors.Join(a.backup.Reconcile(ctx), a.validation.Reconcile(ctx)); err != nil && ctx.Err() == nil {
 			a.log.Warn("cannot clear up what was left over; it is tried again", "error", err)
 		}
 		if first {
@@ -468,6 +479,15 @@ func (a *app) rates() share.Rates {
 func (a *app) compressionSettings() compression.Settings {
 	c := a.settings.Load().Compression
 	return compression.Settings{Enabled: c.Enabled, Attempts: 1 + c.Retries, Threads: c.Threads, Factor: c.MinimumFree, Rate: uint64(c.Rate) * megabyte}
+}
+
+func (a *app) validationSettings() validation.Settings {
+	c := a.settings.Load()
+	v := c.Validation
+	return validation.Settings{
+		Enabled: v.Enabled, Interval: v.Interval, Attempts: 1 + v.Retries, Memory: uint64(v.MemoryMax), CPUs: v.CPUs, EndChain: v.EndChain,
+		MinimumFree: uint64(c.Limits.MinimumFreeScratch), BootTimeout: v.BootTimeout, CommandTimeout: v.CommandTimeout, ScreenshotWait: v.ScreenshotWait,
+	}
 }
 
 func (a *app) backupSettings() backup.Settings {

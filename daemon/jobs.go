@@ -25,6 +25,7 @@ func jobClasses() map[string]job.Class {
 		string(dbus.OperationScan):           job.ClassMaintenance,
 		string(dbus.OperationInspect):        job.ClassMaintenance,
 		string(dbus.OperationCompress):       job.ClassCompression,
+		string(dbus.OperationValidate):       job.ClassValidation,
 	}
 }
 
@@ -43,7 +44,7 @@ func jobLimits(c *config.Config) job.Limits {
 			job.ClassMaintenance: c.Limits.MaintenanceTimeout,
 		},
 		Stall: c.Jobs.StallLimit, RetryDelay: c.Jobs.RetryDelay,
-		RetryEvery: map[job.Class]time.Duration{job.ClassCompression: c.Compression.RetryInterval},
+		RetryEvery: map[job.Class]time.Duration{job.ClassCompression: c.Compression.RetryInterval, job.ClassValidation: c.Validation.RetryInterval},
 	}
 	// The configuration has been checked: it can be read.
 	if w, err := window.ParseAll(c.Jobs.Window); err == nil && len(w) > 0 {

@@ -22,6 +22,7 @@ func causes() []cause {
 		{"clock-set-back", "the newest backup of the chain is dated in the future: the clock was set back"},
 		{"backup-deleted", "the newest backup of the chain was deleted"},
 		{"restored", "a backup was restored over the domain's disks"},
+		{"validation-failed", "a backup of the chain was tried, and is not valid"},
 		{"no-disk-tracked", "none of the disks can go on, for different causes"},
 		{"disk-attached", "the disk was not in the backup before"},
 		{"disk-replaced", "the disk was replaced, or detached and attached again"},

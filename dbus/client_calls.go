@@ -320,6 +320,11 @@ func (c *Client) VerifyBackup(ctx context.Context, id string) (job string, err e
 	return c.job(ctx, Ref{KindBackup, id}, "Verify", EncodeOptions(NoOptions{}))
 }
 
+// ValidateBackup tries a backup by starting it.
+func (c *Client) ValidateBackup(ctx context.Context, id string, o ValidateOptions) (job string, err error) {
+	return c.job(ctx, Ref{KindBackup, id}, "Validate", EncodeOptions(o))
+}
+
 // CompressBackup compresses a backup.
 func (c *Client) CompressBackup(ctx context.Context, id string, o CompressOptions) (job string, err error) {
 	return c.job(ctx, Ref{KindBackup, id}, "Compress", EncodeOptions(o))

@@ -195,6 +195,7 @@ const (
 	OperationInspect        Operation = "inspect"
 	OperationCheck          Operation = "check"
 	OperationCompress       Operation = "compress"
+	OperationValidate       Operation = "validate"
 	OperationGroup          Operation = "group"
 )
 
@@ -280,5 +281,5 @@ func (Overlap) Values() []string { return []string{"skip", "queue"} }
 
 // Values returns what an Operation can be.
 func (Operation) Values() []string {
-	return []string{"backup", "restore", "restore-in-place", "verify", "delete", "prune", "check", "scan", "inspect", "group", "compress"}
+	return []string{"backup", "restore", "restore-in-place", "verify", "delete", "prune", "check", "scan", "inspect", "group", "compress", "validate"}
 }

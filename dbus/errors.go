@@ -39,6 +39,10 @@ const (
 	ErrRepositoryFull ErrorName = "org.virtbackup1.Error.RepositoryFull"
 	// ErrDamaged: stored data is not what was written.
 	ErrDamaged ErrorName = "org.virtbackup1.Error.Damaged"
+	// ErrNotValid: a backup that was tried does not do what it should.
+	ErrNotValid ErrorName = "org.virtbackup1.Error.NotValid"
+	// ErrUnable: the host could not try a backup, of which nothing follows about it.
+	ErrUnable ErrorName = "org.virtbackup1.Error.Unable"
 	// ErrStalled: it made no progress.
 	ErrStalled ErrorName = "org.virtbackup1.Error.Stalled"
 	// ErrTimedOut: it was not done in time.
@@ -53,7 +57,7 @@ const (
 func ErrorNames() []ErrorName {
 	return []ErrorName{
 		ErrNotFound, ErrExists, ErrInvalidArgument, ErrNotAuthorized, ErrBusy, ErrLimitsExceeded, ErrQuotaExceeded, ErrUnsupported,
-		ErrUnavailable, ErrRepositoryUnavailable, ErrRepositoryFull, ErrDamaged, ErrStalled, ErrTimedOut, ErrCancelled, ErrFailed,
+		ErrUnavailable, ErrRepositoryUnavailable, ErrRepositoryFull, ErrDamaged, ErrNotValid, ErrUnable, ErrStalled, ErrTimedOut, ErrCancelled, ErrFailed,
 	}
 }
 

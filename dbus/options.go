@@ -212,6 +212,12 @@ type DeleteChainOptions struct {
 	DryRun bool `dbus:"dry_run"`
 }
 
+// ValidateOptions are those of Backup.Validate.
+type ValidateOptions struct {
+	// Steps are tried in place of those that are set.
+	Steps []string `dbus:"steps"`
+}
+
 // CompressOptions are those of Backup.Compress.
 type CompressOptions struct {
 	// Compression is zlib or zstd; nil for what its offering said, or zstd.

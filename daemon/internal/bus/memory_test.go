@@ -287,6 +287,10 @@ func (m *memory) VerifyBackup(_ context.Context, c Caller, id string) (string, e
 	return jobID, m.note(c, "verify %s", id)
 }
 
+func (m *memory) ValidateBackup(_ context.Context, c Caller, id string, o dbus.ValidateOptions) (string, error) {
+	return jobID, m.note(c, "validate %s by %v", id, o.Steps)
+}
+
 func (m *memory) CompressBackup(_ context.Context, c Caller, id string, o dbus.CompressOptions) (string, error) {
 	return jobID, m.note(c, "compress %s by %s", id, *o.Compression)
 }

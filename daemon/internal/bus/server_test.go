@@ -137,6 +137,7 @@ func TestClientReachesEveryCallOfTheBackend(t *testing.T) {
 		t.Error(ids, id, err)
 	}
 	job(c.VerifyBackup(ctx, backupID))
+	job(c.ValidateBackup(ctx, backupID, dbus.ValidateOptions{Steps: []string{"screenshot"}}))
 	job(c.CompressBackup(ctx, backupID, dbus.CompressOptions{Compression: new(dbus.CompressionZstd)}))
 	job(c.RestoreBackup(ctx, backupID, "copy", dbus.RestoreOptions{Disks: []string{"vda"}}))
 	job(c.RestoreInPlace(ctx, backupID, dbus.RestoreInPlaceOptions{Start: true}))
@@ -149,7 +150,7 @@ func TestClientReachesEveryCallOfTheBackend(t *testing.T) {
 		"remove repository R1", "update O1 to tape", "remove offering O1 true", "create schedule gold [daily Mon] for weekly",
 		"update S1 to [weekly]", "enable S1", "disable S1", "trigger S1 true", "remove schedule S1", "assign " + webUUID + " daily", "unassign " + webUUID,
 		"back up " + webUUID + ` offering="" repository="tape" full=true`, "finish " + webUUID, "override " + webUUID + " 4 of full, unset [threads]", "delete backups of " + webUUID + " true", "verify chain C1", "delete chain C1 true",
-		"delete " + backupID + " true", "verify " + backupID, "compress " + backupID + " by zstd", "restore " + backupID + " as copy [vda]",
+		"delete " + backupID + " true", "verify " + backupID, "validate " + backupID + " by [screenshot]", "compress " + backupID + " by zstd", "restore " + backupID + " as copy [vda]",
 		"restore " + backupID + " in place true", "cancel " + jobID,
 		"back up [" + mailUUID + " " + webUUID + "] sequential=true priority=99", "retry " + jobID, "inhibit [backup]: apt: an upgrade",
 	}

@@ -79,6 +79,21 @@ func (c *Catalog) RecordValidation(ctx context.Context, v ValidationRecord, scre
 	})
 }
 
+// DueValidations returns, of each domain in each repository whose storage is
+// there, the newest complete backup, if it was not tried since a time; or is said
+// to have been later than now, when the clock was set back.
+func (c *Catalog) DueValidations(ctx context.Context, since, now time.Time) (list []Backup, err error) {
+	err = c.read(ctx, "list backups to be tried", func(tx *sql.Tx) (err error) {
+		list, err = collect(ctx, tx, scanBackup, "SELECT "+backupColumns+` FROM backups WHERE id IN (
+			SELECT (SELECT id FROM backups AS b WHERE b.domain = places.domain AND b.repository = places.repository AND b.state = 'complete' ORDER BY b.sequence DESC LIMIT 1)
+			FROM (SELECT DISTINCT domain, repository FROM chains WHERE repository IN
+				(SELECT id FROM repositories WHERE state IN ('online', 'slow', 'unknown'))) AS places)
+			AND (validated <= ? OR validated > ?) ORDER BY validated, id`, toMicro(since), toMicro(now))
+		return err
+	})
+	return list, err
+}
+
 // Validations returns what came of trying a backup, the newest first, at most limit.
 func (c *Catalog) Validations(ctx context.Context, backup string, limit int) (all []ValidationRecord, err error) {
 	scan := func(from row) (v ValidationRecord, err error) {

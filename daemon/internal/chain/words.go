@@ -79,6 +79,7 @@ const (
 	ClockSetBack      Cause = "clock-set-back"     // the newest backup of the chain is dated after this one, and ids must ascend
 	BackupDeleted     Cause = "backup-deleted"     // the newest backup of the chain was deleted
 	Restored          Cause = "restored"           // a backup was restored over the domain's disks
+	ValidationFailed  Cause = "validation-failed"  // the newest backup of the chain was tried, and is not valid
 	NoDiskTracked     Cause = "no-disk-tracked"    // every disk needs a full image, for different causes
 
 	// Of a disk: it is read whole, and stored whole or where it differs from the

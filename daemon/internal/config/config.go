@@ -124,6 +124,13 @@ type Compression struct {
 
 // Validation is the section [validation], of backups that are tried by starting them.
 type Validation struct {
+	Enabled        bool          // by itself
+	Interval       time.Duration // between two of the same backup
+	Retries        int
+	RetryInterval  time.Duration
+	MemoryMax      Size          // of a temporary domain
+	CPUs           int           // the same
+	EndChain       bool          // of a backup that is not valid
 	BootTimeout    time.Duration // for the guest agent to answer
 	CommandTimeout time.Duration // for a command in the guest
 	ScreenshotWait time.Duration // from the start of the guest
@@ -166,7 +173,7 @@ func Default() *Config {
 		Metrics:      Metrics{Interval: time.Minute},
 		Retention:    Retention{MostAtOnce: 20},
 		Compression:  Compression{Enabled: true, Retries: 2, RetryInterval: time.Hour, Threads: 1, MinimumFree: 1},
-		Validation:   Validation{BootTimeout: 4 * time.Minute, CommandTimeout: time.Minute, ScreenshotWait: time.Minute},
+		Validation:   Validation{Enabled: true, Interval: 24 * time.Hour, Retries: 2, RetryInterval: time.Hour, MemoryMax: 2 * gibibyte, CPUs: 2, EndChain: true, BootTimeout: 4 * time.Minute, CommandTimeout: time.Minute, ScreenshotWait: time.Minute},
 		Repositories: Repositories{MountTimeout: 30 * time.Second, UnmountAfter: 5 * time.Minute, LookEvery: time.Minute, LookIdle: 10 * time.Minute, HungAfter: 20 * time.Second, SlowAfter: 5 * time.Second},
 	}
 }

@@ -92,6 +92,13 @@ func (c *Config) settings() []setting {
 func (c *Config) validationSettings() []setting {
 	v := &c.Validation
 	return []setting{
+		toggle("validation.enabled", &v.Enabled, "Whether backups whose offering says so (--validate) are tried by themselves. Who asks for it by \"virtbackupctl validate\" gets it anyway."),
+		duration("validation.interval", &v.Interval, time.Minute, 365*24*time.Hour, "How long after one is tried it is tried again, if it is still the newest of its domain. Older ones were tried when they were the newest; that they stay what they were is verified."),
+		number("validation.retries", &v.Retries, 0, 100, "How often it is tried again when the host was not able to."),
+		duration("validation.retry_interval", &v.RetryInterval, time.Second, 24*time.Hour, "How long after that."),
+		size("validation.memory_max", &v.MemoryMax, 64*mebibyte, "How much memory the temporary domain has at most, whatever the backup's domain has."),
+		number("validation.cpus", &v.CPUs, 1, 1024, "How many virtual CPUs it has at most."),
+		toggle("validation.end_chain", &v.EndChain, "Whether the chain of a backup that is not valid ends, so that the next one is full."),
 		duration("validation.boot_timeout", &v.BootTimeout, time.Second, 24*time.Hour, "How long the guest agent of a backup that is tried may take to answer, if its offering or domain does not say."),
 		duration("validation.command_timeout", &v.CommandTimeout, time.Second, 24*time.Hour, "The same of the command that is run in the guest, and of each other question to the agent."),
 		duration("validation.screenshot_wait", &v.ScreenshotWait, time.Second, 24*time.Hour, "How long after the start of the guest the screenshot is taken, if its offering or domain does not say."),

@@ -76,7 +76,7 @@ func Passing(err error) bool {
 	if errors.As(err, &killed) {
 		return !killed.Hung()
 	}
-	for _, name := range []dbus.ErrorName{dbus.ErrBusy, dbus.ErrUnavailable, dbus.ErrRepositoryUnavailable, dbus.ErrRepositoryFull} {
+	for _, name := range []dbus.ErrorName{dbus.ErrBusy, dbus.ErrUnavailable, dbus.ErrRepositoryUnavailable, dbus.ErrRepositoryFull, dbus.ErrUnable} {
 		if errors.Is(err, name) {
 			return true
 		}

@@ -44,6 +44,7 @@ type Domain struct {
 	Checkpoints    []string // all that libvirt knows now, ours and foreign
 	Job            bool     // a domain job is active (backup, migration, save, …)
 	BlockJobs      []string // targets of disks with an active block job
+	BootFiles      []string // kernel and initrd of direct boot
 	XML            string   // the live definition of an active domain, else the stored one; no secrets
 }
 
@@ -247,6 +248,13 @@ func definedAs(c *libvirt.Connect, d *libvirt.Domain) (Domain, error) {
 		return Domain{}, fmt.Errorf("%w: it is a temporary one of a validation", ErrNoDomain)
 	}
 	out := Domain{XML: doc, Name: def.Name, UUID: def.UUID, Firmware: firmware(&def), TPM: tpm(&def)}
+	if def.OS != nil {
+		for _, file := range []string{def.OS.Kernel, def.OS.Initrd} {
+			if file != "" {
+				out.BootFiles = append(out.BootFiles, file)
+			}
+		}
+	}
 	// Not by a call of its own: the domain may have been started since.
 	if out.Active = def.ID != nil; out.Active {
 		out.ID = *def.ID

@@ -31,6 +31,7 @@ const (
 	GuestHeld            Message = "9706d7b5abeb4e12b0a221601e96f90a" // a guest may be frozen
 	CatalogDamaged       Message = "ce7d472bd1b54756867fc235f38c77b1" // the catalog was lost
 	DiskChangedUnseen    Message = "816d26b1b3784989be272d739394e620" // tracking of a disk is broken
+	BackupNotValid       Message = "5b1c8f0f6a5d4f5e9a3c0e7d2b9a41c6" // a backup was tried, and is not valid
 	QuotaExceeded        Message = "e7d8788c4248481481badf18630bc4bf" // a backup was refused
 	Ready                Message = "9239271de03848a9bb868562c7238788" // virtbackupd serves
 	ConfigurationRefused Message = "9e1ff5c238fa456fabe6d1273a1a13d2" // settings were not taken
@@ -42,6 +43,6 @@ func Messages() []Message {
 		BackupSucceeded, BackupFailed, RestoreSucceeded, RestoreFailed, JobSucceeded,
 		JobFailed, JobCancelled, JobStalled, BackupDamaged, BackupsRemoved,
 		RepositoryUnhealthy, RepositoryHealthy, ScheduleSkipped, GuestHeld, CatalogDamaged,
-		DiskChangedUnseen, QuotaExceeded, Ready, ConfigurationRefused,
+		DiskChangedUnseen, BackupNotValid, QuotaExceeded, Ready, ConfigurationRefused,
 	}
 }

@@ -10,8 +10,11 @@ import (
 	"strings"
 	"time"
 
+	"github.com/virtbackup/virtbackup/daemon/internal/bus"
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
+	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
+	"github.com/virtbackup/virtbackup/daemon/internal/validation"
 	"github.com/virtbackup/virtbackup/daemon/internal/validation/step"
 	"github.com/virtbackup/virtbackup/dbus"
 )
@@ -24,6 +27,23 @@ func (s *Service) EffectiveValidation(ctx context.Context, uuid string) (catalog
 	}
 	e, err := effectiveOf(o, d)
 	return e.Validation, err
+}
+
+// ValidateBackup tries a backup.
+func (s *Service) ValidateBackup(ctx context.Context, caller bus.Caller, id string, o dbus.ValidateOptions) (string, error) {
+	b, err := s.Catalog.Backup(ctx, id)
+	if err != nil {
+		return "", failure.Named(err)
+	}
+	if b.State != chain.Complete {
+		return "", dbus.Errorf(dbus.ErrBusy, "backup %s is %s, and only complete ones are tried", id, b.State)
+	}
+	if err := fitValidation(catalog.Validation{Steps: o.Steps}); err != nil {
+		return "", err
+	}
+	j := validation.NewJob(b, validation.Request{Steps: o.Steps})
+	j.UID = caller.UID
+	return s.start(ctx, j)
 }
 
 // BackupValidations returns what came of trying a backup, newest first.

@@ -1,0 +1,165 @@
+package validation
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/errand"
+	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/validation/step"
+)
+
+const (
+	// pingLimit is how long the agent may take to answer to be there.
+	pingLimit = 5 * time.Second
+	// pendingLimit is how long the repository may take to answer a request of the
+	// guest's before the guest is excused.
+	pendingLimit = 5 * time.Second
+	// stateLimit bounds a question to libvirt.
+	stateLimit = 15 * time.Second
+	// settle is how long an event may come after what it tells of.
+	settle = 2 * time.Second
+)
+
+// guest is the temporary domain, as the steps see it.
+type guest struct {
+	hypervisor Hypervisor
+	serving    *errand.Serving
+	uuid       string
+	limit      time.Duration // of a question to the agent
+
+	mu      sync.Mutex
+	stopped string // how it ended, as libvirt names it; "" while it runs, or if nobody saw
+}
+
+var _ step.Guest = (*guest)(nil)
+
+// newGuest watches the domain until ctx ends. It is called before the start.
+func (t *trial) newGuest(ctx context.Context, serving *errand.Serving) *guest {
+	g := &guest{hypervisor: t.Hypervisor, serving: serving, uuid: t.uuid, limit: t.settings.CommandTimeout}
+	events := t.Hypervisor.Subscribe(ctx)
+	go func() {
+		for e := range events {
+			if e.UUID == g.uuid && e.Kind == hypervisor.EventLifecycle && e.Action == "stopped" {
+				g.mu.Lock()
+				g.stopped = e.Detail
+				g.mu.Unlock()
+			}
+		}
+	}()
+	return g
+}
+
+// meant tells a step what an error means.
+func meant(err error) error {
+	for _, one := range []struct{ is, means error }{
+		{hypervisor.ErrNoAgent, step.ErrNoAgent},
+		{hypervisor.ErrAgentSilent, step.ErrSilent},
+		{hypervisor.ErrAgent, step.ErrRefused},
+		{hypervisor.ErrNoDomain, step.ErrEnded},
+		{hypervisor.ErrNotRunning, step.ErrEnded},
+	} {
+		if errors.Is(err, one.is) {
+			return fmt.Errorf("%w: %w", one.means, err)
+		}
+	}
+	return err
+}
+
+// Ping asks the agent for an answer. While libvirt is away, as when it is
+// restarted, nobody answers: that it stays away, Impeded tells.
+func (g *guest) Ping(ctx context.Context) error {
+	within, cancel := context.WithTimeout(ctx, pingLimit)
+	defer cancel()
+	err := g.hypervisor.PingAgent(within, g.uuid)
+	if errors.Is(err, hypervisor.ErrUnavailable) {
+		return fmt.Errorf("%w: %w", step.ErrSilent, err)
+	}
+	return meant(err)
+}
+
+func (g *guest) System(ctx context.Context) (string, error) {
+	within, cancel := context.WithTimeout(ctx, g.limit)
+	defer cancel()
+	name, err := g.hypervisor.GuestSystem(within, g.uuid)
+	return name, meant(err)
+}
+
+func (g *guest) Execute(ctx context.Context, c step.Command) (step.Output, error) {
+	done, err := g.hypervisor.Execute(ctx, g.uuid, c.Path, c.Arguments, c.Input)
+	if err != nil {
+		return step.Output{}, meant(err)
+	}
+	o := step.Output{ExitCode: done.ExitCode, Stdout: done.Stdout, Stderr: done.Stderr, Truncated: done.Truncated}
+	if done.Signal != 0 {
+		o.ExitCode, o.Signalled = done.Signal, true
+	}
+	for _, text := range []*[]byte{&o.Stdout, &o.Stderr} {
+		if len(*text) > step.MaxOutput {
+			*text, o.Truncated = (*text)[:step.MaxOutput], true
+		}
+	}
+	return o, nil
+}
+
+func (g *guest) Screenshot(ctx context.Context) ([]byte, error) {
+	within, cancel := context.WithTimeout(ctx, g.limit)
+	defer cancel()
+	picture, err := g.hypervisor.Screenshot(within, g.uuid)
+	return picture, meant(err)
+}
+
+// Impeded says what on the host keeps the guest from going on.
+func (g *guest) Impeded(ctx context.Context) error {
+	select {
+	case <-g.serving.Done():
+		return errServer
+	default:
+	}
+	if status, err := g.serving.Status(); err != nil {
+		return err
+	} else {
+		for _, d := range status.Disks {
+			if d.Refused > 0 || time.Duration(d.Pending)*time.Microsecond > pendingLimit {
+				return fmt.Errorf("the repository does not answer what the guest reads of disk %s", d.Target)
+			}
+		}
+	}
+	within, cancel := context.WithTimeout(ctx, stateLimit)
+	defer cancel()
+	state, reason, err := g.hypervisor.State(within, g.uuid)
+	switch {
+	case errors.Is(err, hypervisor.ErrNoDomain):
+		return g.ended(ctx)
+	case err != nil:
+		return err
+	case state == hypervisor.StatePaused && reason == hypervisor.ReasonIOError:
+		return errors.New("QEMU has paused the guest, as it cannot write to an overlay: is there space for it?")
+	case state == hypervisor.StatePaused:
+		return fmt.Errorf("the guest is paused (%s)", reason)
+	}
+	return nil
+}
+
+// ended says how it ended, unless the guest did that by itself.
+func (g *guest) ended(ctx context.Context) error {
+	for deadline := time.Now().Add(settle); ; {
+		g.mu.Lock()
+		how := g.stopped
+		g.mu.Unlock()
+		switch how {
+		case "shutdown", "crashed":
+			return nil
+		case "":
+			if time.Now().Before(deadline) && ctx.Err() == nil {
+				time.Sleep(50 * time.Millisecond)
+				continue
+			}
+			return errors.New("its QEMU ended, and nobody saw why")
+		}
+		return fmt.Errorf("its QEMU was ended from outside (%s)", how)
+	}
+}

@@ -60,11 +60,14 @@ func (c call) record(ctx context.Context, stdin io.Reader) error {
 		ID      int      `xml:"id,attr"`
 		UUID    string   `xml:"uuid"`
 		Mark    struct {
-			Validation *struct{} `xml:"https://virtbackup.org/xmlns/validation/1 validation"`
+			Validation *struct {
+				Job string `xml:"job,attr"`
+			} `xml:"https://virtbackup.org/xmlns/validation/1 validation"`
 		} `xml:"metadata"`
 	}
 	err := xml.Unmarshal(text, &d)
-	if err == nil && d.Mark.Validation != nil {
+	// By its name too: anybody may define a domain by a copy of ours.
+	if err == nil && d.Mark.Validation != nil && r.Name == "virtbackup-validation-"+strings.ToLower(d.Mark.Validation.Job) {
 		return nil // a temporary domain of ours, whose disks nobody tracks
 	}
 	if err != nil {

@@ -244,7 +244,7 @@ func definedAs(c *libvirt.Connect, d *libvirt.Domain) (Domain, error) {
 	if err := def.Unmarshal(doc); err != nil {
 		return Domain{}, fmt.Errorf("cannot parse the domain's definition: %w", err)
 	}
-	if def.Metadata != nil && validationOf(def.Metadata.XML) != "" {
+	if def.Metadata != nil && validationOf(def.Name, def.Metadata.XML) != "" {
 		return Domain{}, fmt.Errorf("%w: it is a temporary one of a validation", ErrNoDomain)
 	}
 	out := Domain{XML: doc, Name: def.Name, UUID: def.UUID, Firmware: firmware(&def), TPM: tpm(&def)}

@@ -28,7 +28,7 @@ type ValidationDomain struct {
 	Job, Backup string // ULIDs
 	UUID        string
 	Disks       map[string]ValidationDisk // by target; all others are left out
-	NVRAM       string                    // path of a copy of the variable store; "" for none
+	NVRAM       string                    // path of a copy of the variable store, or where libvirt is to make one; not used without UEFI
 	Memory      uint64                    // bytes that it may have; 0: as many as the original
 	CPUs        int                       // that it may have; 0: as many as the original
 	// Where kernel and initrd of direct boot may be, see Changes.
@@ -61,8 +61,14 @@ func ValidationDefinition(doc []byte, v ValidationDomain) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := v.cap(root); err != nil {
+	if err = onlyOnce(root); err == nil {
+		err = v.cap(root)
+	}
+	if err != nil {
 		return "", fmt.Errorf("cannot make a definition: %w", err)
+	}
+	if os := root.child("os"); !keepsVariables(os) {
+		os.remove("nvram")
 	}
 	for _, name := range []string{"on_poweroff", "on_crash"} {
 		root.replace(&element{name: name, text: "destroy"})
@@ -75,6 +81,18 @@ func ValidationDefinition(doc []byte, v ValidationDomain) (string, error) {
 		v.isolate(devices)
 	}
 	return root.marshal()
+}
+
+// onlyOnce refuses what libvirt never writes, and would read the other one of.
+func onlyOnce(root *element) error {
+	seen := map[string]bool{}
+	for _, e := range root.children {
+		if seen[e.name] && e.name != "sysinfo" {
+			return fmt.Errorf("the definition has more than one %s", e.name)
+		}
+		seen[e.name] = true
+	}
+	return nil
 }
 
 // cap bounds what it takes of the host.
@@ -108,6 +126,9 @@ func (v ValidationDomain) cap(root *element) error {
 		cpus = min(cpus, v.CPUs)
 	}
 	root.replace(&element{name: "vcpu", text: strconv.Itoa(cpus)})
+	if features := root.child("features"); features != nil {
+		features.remove("tcg") // how much memory QEMU takes for itself
+	}
 	if cpu := root.child("cpu"); cpu != nil { // they would have to fit
 		cpu.remove("topology")
 		cpu.remove("numa")
@@ -130,25 +151,37 @@ func kibibytes(e *element) (uint64, error) {
 	return max(n*factor>>10, 1), nil
 }
 
+// keepsVariables tells whether the firmware has a variable store. Where none is
+// named, libvirt makes one in a place of its own, and leaves it there.
+func keepsVariables(os *element) bool {
+	loader := os.child("loader")
+	if loader != nil && loader.attr("stateless") == "yes" {
+		return false
+	}
+	return os.attr("firmware") == "efi" || loader != nil && loader.attr("type") == "pflash"
+}
+
+// isolated are the devices that connect a guest to nothing but its disks and us.
+func isolated() []string {
+	return []string{
+		"disk", "controller", "hub", "input", "video", "serial", "console", "parallel", "channel", "tpm", "rng", "panic", "memballoon",
+	}
+}
+
 // isolate takes away what connects the guest to anything but its disks and us.
 func (v ValidationDomain) isolate(devices *element) {
 	var kept []*element
 	for _, d := range devices.children {
-		switch d.name {
-		case "graphics", "redirdev", "sound", "audio", "hub", "vsock", "memory", "watchdog", "interface", "iommu":
+		if !contains(isolated(), d.name) || d.attr("type") == "spicevmc" {
 			continue
-		case "channel":
-			if d.attr("type") == "spicevmc" {
-				continue
-			}
+		}
+		switch d.name {
 		case "controller":
 			if driver := d.child("driver"); driver != nil {
 				driver.unset("iothread")
 			}
-		case "video": // without a display there is none that QXL could be for
-			if m := d.child("model"); m != nil && m.attr("type") == "qxl" {
-				d.replace(&element{name: "model", attrs: []attribute{{"type", "vga"}}})
-			}
+		case "video":
+			plainScreen(d)
 		case "disk":
 			v.stack(d)
 		}
@@ -160,10 +193,22 @@ func (v ValidationDomain) isolate(devices *element) {
 	}
 }
 
+// plainScreen makes a screen one that needs no display on the host.
+func plainScreen(video *element) {
+	model := video.child("model")
+	if model == nil || model.attr("type") == "qxl" || model.attr("type") == "none" {
+		video.replace(&element{name: "model", attrs: []attribute{{"type", "vga"}}})
+		video.remove("address") // of another kind of device
+		return
+	}
+	model.remove("acceleration")
+	model.unset("blob")
+}
+
 // stack puts a disk's overlay on what is served.
 func (v ValidationDomain) stack(disk *element) {
 	if driver := disk.child("driver"); driver != nil {
-		driver.unset("iothread", "io", "cache", "queues", "error_policy", "rerror_policy")
+		driver.unset("iothread", "io", "cache", "queues", "error_policy", "rerror_policy", "copy_on_read")
 		driver.set("cache", "unsafe") // nobody needs it afterwards
 	}
 	disk.remove("iotune")
@@ -189,13 +234,14 @@ func (v ValidationDomain) stack(disk *element) {
 var markPattern = regexp.MustCompile(`<[^<>]*:validation\b[^<>]*\bjob=["']([0-9A-Z]{26})["']`)
 
 // validationOf tells the job that a domain is for, by its metadata; "" for a
-// domain of somebody's.
-func validationOf(metadata string) string {
+// domain of somebody's. That includes one that was defined by a copy of ours: it
+// has another name.
+func validationOf(name, metadata string) string {
 	if !strings.Contains(metadata, validationNamespace) {
 		return ""
 	}
 	m := markPattern.FindStringSubmatch(metadata)
-	if m == nil {
+	if m == nil || name != ValidationName(m[1]) {
 		return ""
 	}
 	return m[1]
@@ -237,9 +283,11 @@ func (h *Hypervisor) Validations(ctx context.Context) ([]Validation, error) {
 		for i := range all {
 			d := &all[i]
 			uuid, err := d.GetUUIDString()
+			name, errName := d.GetName()
 			text, errMetadata := d.GetMetadata(libvirt.DOMAIN_METADATA_ELEMENT, validationNamespace, libvirt.DOMAIN_AFFECT_LIVE)
 			freeDomain(d)
-			if m := markedJob.FindStringSubmatch(text); err == nil && errMetadata == nil && m != nil {
+			m := markedJob.FindStringSubmatch(text)
+			if errors.Join(err, errName, errMetadata) == nil && m != nil && name == ValidationName(m[1]) {
 				list = append(list, Validation{UUID: uuid, Job: m[1]})
 			}
 		}

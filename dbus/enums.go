@@ -234,6 +234,12 @@ func (Mode) Values() []string { return []string{"full", "incremental"} }
 // Values returns what a Compression can be.
 func (Compression) Values() []string { return []string{"none", "zlib", "zstd"} }
 
+// Values returns what a ValidationResult can be.
+func (ValidationResult) Values() []string { return []string{"valid", "not-valid", "unable"} }
+
+// Values returns what a ValidationVerdict can be.
+func (ValidationVerdict) Values() []string { return []string{"valid", "not-valid", "unable", "skipped"} }
+
 // Values returns what a CompressionTime can be.
 func (CompressionTime) Values() []string { return []string{"inline", "deferred"} }
 

@@ -118,8 +118,8 @@ func (c *Catalog) Screenshot(ctx context.Context, backup string) (png []byte, er
 	return png, err
 }
 
-// CountValidations returns how many of the complete backups of each domain have
-// which result; those that were never tried are left out.
+// CountValidations returns how many backups have which result; those that were
+// never tried are left out.
 func (c *Catalog) CountValidations(ctx context.Context) (map[ValidationResult]int, error) {
 	counts := map[ValidationResult]int{}
 	err := c.read(ctx, "count validations", func(tx *sql.Tx) error {

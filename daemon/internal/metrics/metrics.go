@@ -23,6 +23,13 @@ type Snapshot struct {
 	Operations       []string // that there may be jobs of
 	Live             []Live
 	Ended            []Ended
+	Validations      []Validations
+}
+
+// Validations is how many of the backups that are kept were tried with a result.
+type Validations struct {
+	Result  string
+	Backups int
 }
 
 // Domain is one domain.
@@ -68,6 +75,7 @@ func (s Snapshot) Text() string {
 	s.domains(w)
 	s.repositories(w)
 	s.jobs(w)
+	s.validations(w)
 	return w.String()
 }
 
@@ -145,6 +153,13 @@ func (s Snapshot) jobs(w *writer) {
 	for _, e := range ended {
 		w.part("_sum", e.Took.Seconds(), "operation", e.Operation, "result", e.Result)
 		w.part("_count", float64(e.Jobs), "operation", e.Operation, "result", e.Result)
+	}
+}
+
+func (s Snapshot) validations(w *writer) {
+	w.family("virtbackup_validated_backups", gauge, "Backups that are kept, by the result of trying them the last time; those that never were are left out.")
+	for _, v := range s.Validations {
+		w.sample(float64(v.Backups), "result", v.Result)
 	}
 }
 

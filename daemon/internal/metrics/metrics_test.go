@@ -138,6 +138,7 @@ func TestText(t *testing.T) {
 		Repositories: []Repository{{Name: "nas", Type: "dir", State: "ready", Free: 10, Total: 20, Backups: 2, Stored: 7}},
 		Live:         []Live{{"backup", "running", 3}},
 		Ended:        c.Ended(),
+		Validations:  []Validations{{"valid", 4}, {"not-valid", 0}},
 	}
 	want := `# HELP virtbackup_build_info The version of virtbackupd, which serves when this is there.
 # TYPE virtbackup_build_info gauge
@@ -203,6 +204,10 @@ virtbackup_job_duration_seconds_sum{operation="backup",result="failed"} 0
 virtbackup_job_duration_seconds_count{operation="backup",result="failed"} 1
 virtbackup_job_duration_seconds_sum{operation="backup",result="succeeded"} 3.5
 virtbackup_job_duration_seconds_count{operation="backup",result="succeeded"} 2
+# HELP virtbackup_validated_backups Backups that are kept, by the result of trying them the last time; those that never were are left out.
+# TYPE virtbackup_validated_backups gauge
+virtbackup_validated_backups{result="valid"} 4
+virtbackup_validated_backups{result="not-valid"} 0
 `
 	if diff := cmp.Diff(want, s.Text()); diff != "" {
 		t.Error(diff)

@@ -45,6 +45,13 @@ func (s *Service) Metrics(ctx context.Context) (string, error) {
 			Tried: last != "", Failed: last == catalog.JobFailed, Backups: u.Backups, Stored: u.StoredBytes, Protected: u.ProtectedBytes,
 		})
 	}
+	tried, err := s.Catalog.CountValidations(ctx)
+	if err != nil {
+		return "", failure.Named(err)
+	}
+	for _, result := range dbus.ValidationResult("").Values() {
+		snapshot.Validations = append(snapshot.Validations, metrics.Validations{Result: result, Backups: tried[catalog.ValidationResult(result)]})
+	}
 	snapshot.Repositories, err = s.measured(ctx)
 	return snapshot.Text(), err
 }

@@ -61,6 +61,7 @@ const (
 	OperationServe   Operation = "serve"   // Spec.Serve, until stop.json is there
 	// OperationCompress is Spec.Compress.
 	OperationCompress Operation = "compress"
+	OperationAttach   Operation = "attach" // Spec.Attach
 )
 
 // Spec is spec.json.
@@ -78,6 +79,7 @@ type Spec struct {
 	Restore    *RestoreSpec   `json:"restore,omitempty"`
 	Merge      *MergeSpec     `json:"merge,omitempty"`
 	Compress   *CompressSpec  `json:"compress,omitempty"`
+	Attach     *AttachSpec    `json:"attach,omitempty"`
 	Depth      Depth          `json:"depth,omitempty"` // of inspect
 	Serve      *ServeSpec     `json:"serve,omitempty"`
 	// Most is how many bytes the worker may move per second by its own bound, in

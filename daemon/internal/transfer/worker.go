@@ -74,6 +74,7 @@ func (w *worker) run(ctx context.Context) error {
 		OperationInspect:  w.inspect,
 		OperationCompress: w.compress,
 		OperationServe:    w.serve,
+		OperationAttach:   w.attach,
 	}[w.spec.Operation]
 	if !known {
 		return fail(ClassInternal, "the operation %q is not known", w.spec.Operation)

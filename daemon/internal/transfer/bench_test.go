@@ -3,7 +3,9 @@ package transfer
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 )
@@ -71,6 +73,53 @@ func BenchmarkRestore(b *testing.B) {
 				os.RemoveAll(dir)
 			}
 		})
+	}
+}
+
+// BenchmarkServe reads a chain of two through the worker, and through qemu-nbd
+// on the same chain, which compares nothing: as nbdcopy does, many requests at
+// once, and as a guest that boots does, one after the other.
+func BenchmarkServe(b *testing.B) {
+	program := buildWorker(b)
+	for _, compression := range []string{"none", "zstd"} {
+		h := newHost(b)
+		d := h.disk("vda", "qcow2", 1<<30)
+		fillMixed(h, d, 512<<20)
+		full, increment := h.id(), h.id()
+		for _, spec := range []*BackupSpec{h.backupSpec(full, "", full, d), h.backupSpec(increment, full, full, d)} {
+			spec.Compression = compression
+			if r := h.take(spec, d); r.Error != nil {
+				b.Fatal(r.Error)
+			}
+			for at := range 256 {
+				d.io(h, fmt.Sprintf("write -P %d %d 64k", at, at<<21))
+			}
+		}
+		s := h.serveSpec(increment, "vda")
+		dir := h.job(Spec{Operation: OperationServe, Serve: s})
+		c := exec.Command(program, dir)
+		if err := c.Start(); err != nil {
+			b.Fatal(err)
+		}
+		awaitPhase(h, dir, PhaseServing)
+		other, stop := disk{"other", h.image(increment, "vda"), "qcow2", d.size}.export(h, "")
+		for _, how := range [][]string{{"nbdcopy"}, {"nbdcopy", "--connections=1"}, {"nbdcopy", "--synchronous", "--request-size=131072"}} {
+			for name, uri := range map[string]string{"worker": "nbd+unix:///vda?socket=" + s.Disks[0].Socket, "qemu-nbd": "nbd+unix:///other?socket=" + other} {
+				b.Run(fmt.Sprintf("%s/%s/%s", compression, strings.Join(how, ""), name), func(b *testing.B) {
+					b.SetBytes(512 << 20)
+					for b.Loop() {
+						h.command(how[0], append(how[1:], uri, "null:")...)
+					}
+				})
+			}
+		}
+		stop()
+		if err := WriteStop(dir); err != nil {
+			b.Fatal(err)
+		}
+		if err := c.Wait(); err != nil {
+			b.Fatal(err)
+		}
 	}
 }
 

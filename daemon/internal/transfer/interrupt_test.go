@@ -15,7 +15,7 @@ import (
 )
 
 // buildWorker builds the program, as it is installed.
-func buildWorker(t *testing.T) string {
+func buildWorker(t testing.TB) string {
 	t.Helper()
 	program := filepath.Join(t.TempDir(), "virtbackup-worker")
 	c := exec.Command("go", "build", "-o", program, "github.com/virtbackup/virtbackup/daemon/worker")

@@ -260,7 +260,7 @@ func (d *servedDisk) blocks(p []byte, off uint64) error {
 		at := i * digest.BlockSize
 		content := p[at:min(at+digest.BlockSize, len(p))]
 		if !d.is(content, sums[i]) {
-			bad = d.damaged(off+uint64(at), uint64(len(content)), errBlock.Error())
+			bad = d.damaged(off+uint64(at), uint64(len(content)), "its digest is another")
 		}
 	}
 	return bad

@@ -3,9 +3,13 @@
 package labtest
 
 import (
+	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -64,7 +68,7 @@ func TestValidation(t *testing.T) {
 		if err := h.validate(b.ID, "wait_for_boot").Err(); err != nil {
 			t.Errorf("%s: %v", b.Kind, err)
 		}
-		if now := h.validated(b.ID); now.ValidationResult != dbus.ValidationResult("valid") || now.Validated.IsZero() {
+		if now := h.validated(b.ID); now.ValidationResult != "valid" || now.Validated.IsZero() {
 			t.Errorf("%s: %+v", b.Kind, now)
 		}
 		noValidation(t)
@@ -112,11 +116,165 @@ func TestValidationOfDamage(t *testing.T) {
 		t.Errorf("%s: %v", j.State, j.Err())
 	}
 	now := h.validated(b.ID)
-	if now.ValidationResult != dbus.ValidationResult("not-valid") || now.State != dbus.BackupDamaged {
+	if now.ValidationResult != "not-valid" || now.State != dbus.BackupDamaged {
 		t.Errorf("it is %s, %s: %s: %s", now.State, now.ValidationResult, now.ValidationStep, now.ValidationCause)
 	}
 	if next := h.backup(g, dbus.BackupOptions{}); next.Kind != dbus.KindFull {
 		t.Errorf("the next backup is %s", next.Kind)
+	}
+	noValidation(t)
+}
+
+// TestValidationShow is what an administrator sees: an offering that compresses
+// later and tries each backup by all steps.
+func TestValidationShow(t *testing.T) {
+	h, g := newHost(t), newGuest(t, "qcow2:64M:fs")
+	g.run("sh", "-c", "echo hello >/mnt/vda/hello && sync")
+	zstd, deferred, yes := dbus.CompressionZstd, dbus.CompressionDeferred, true
+	steps := []string{"wait_for_boot", "check_filesystems", "execute_command", "screenshot", "judge_screen"}
+	h.set(dbus.OfferingOptions{Overrides: dbus.Overrides{
+		Settings: dbus.Settings{Compression: &zstd, CompressionTime: &deferred},
+		Validation: dbus.Validation{
+			Validate: &yes, ValidationSteps: &steps, ValidationCommand: new("/bin/cat"), ValidationArguments: &[]string{"/mnt/vda/hello"},
+			ValidationExpected: new("aGVsbG8K"), ValidationScreenshotWait: new(uint32(2)),
+		},
+	}})
+	assign(t, h, g)
+	b := h.backup(g, dbus.BackupOptions{})
+	eventually(t, "it is compressed and valid", func() error {
+		now := h.validated(b.ID)
+		if now.CompressionState != dbus.CompressionDone || now.ValidationResult == "" {
+			return fmt.Errorf("it is %q and %q", now.CompressionState, now.ValidationResult)
+		}
+		return nil
+	})
+	picture := filepath.Join(fresh(t, "/var/tmp"), "screen.png")
+	out := command(t, "", "virtbackupctl", "show", b.ID, "--screenshot", picture)
+	t.Logf("%s", out)
+	content, err := os.ReadFile(picture)
+	if err != nil || !bytes.HasPrefix(content, []byte("\x89PNG")) {
+		t.Errorf("the screenshot is no PNG: %v", err)
+	}
+	if dir := os.Getenv("TEST_KEEP"); dir != "" { // for somebody to look at
+		command(t, "", "cp", picture, dir)
+	}
+	if now := h.validated(b.ID); now.ValidationResult != "valid" {
+		t.Errorf("it is %s: %s: %s", now.ValidationResult, now.ValidationStep, now.ValidationCause)
+	}
+	list, err := h.Validations(t.Context(), b.ID, 10)
+	if err != nil || len(list) != 1 || len(list[0].Findings) != len(steps) {
+		t.Fatalf("%+v, %v", list, err)
+	}
+	for _, f := range list[0].Findings {
+		t.Logf("%s: %s %s %q", f.Step, f.Verdict, f.Cause, f.Output)
+		if f.Verdict != "valid" && f.Step != "judge_screen" {
+			t.Errorf("%s is %s: %s", f.Step, f.Verdict, f.Cause)
+		}
+	}
+	// What it is not.
+	h.set(dbus.OfferingOptions{Overrides: dbus.Overrides{
+		Validation: dbus.Validation{ValidationExpected: new("YnllCg==")},
+	}})
+	failsAs(t, h.validate(b.ID), dbus.ErrNotValid)
+	if now := h.validated(b.ID); now.ValidationResult != "not-valid" || now.ValidationStep != "execute_command" || now.State != dbus.BackupComplete {
+		t.Errorf("it is %s, %s: %s: %s", now.State, now.ValidationResult, now.ValidationStep, now.ValidationCause)
+	}
+	if next := h.backup(g, dbus.BackupOptions{}); next.Kind != dbus.KindFull || !slices.Contains(next.Causes, "validation-failed") {
+		t.Errorf("the next backup is %s: %v", next.Kind, next.Causes)
+	}
+	noValidation(t)
+}
+
+// bootSector writes a text on the screen, and halts.
+func bootSector(text string) []byte {
+	code := []byte{
+		0x31, 0xc0, 0x8e, 0xd8, // xor ax, ax; mov ds, ax
+		0xbe, 0x18, 0x7c, // mov si, text
+		0xac, 0x08, 0xc0, 0x74, 0x09, // next: lodsb; or al, al; jz halt
+		0xb4, 0x0e, 0xbb, 0x07, 0x00, 0xcd, 0x10, // mov ah, 0eh; mov bx, 7; int 10h
+		0xeb, 0xf2, // jmp next
+		0xf4, 0xeb, 0xfd, // halt: hlt; jmp halt
+	}
+	sector := append(append(code, text...), make([]byte, 512)...)[:512]
+	sector[510], sector[511] = 0x55, 0xaa
+	return sector
+}
+
+// TestValidationByScreen tries backups of a machine without an agent, which
+// boots from its disk: by what its screen shows.
+func TestValidationByScreen(t *testing.T) {
+	configure(t, "[validation]\nscreenshot_wait = \"5s\"\n")
+	h, g := newHost(t), defineGuest(t, "raw:1M", "qcow2:1M")
+	// As it is sold: no kernel from outside, and no agent.
+	text := command(t, "", "virsh", "dumpxml", "--inactive", g.name)
+	for _, part := range []string{`(?s)<kernel>.*</cmdline>`, `(?s)<channel.*?</channel>`} {
+		text = regexp.MustCompile(part).ReplaceAllString(text, "")
+	}
+	command(t, text, "virsh", "-q", "define", "/dev/stdin")
+	disk := ""
+	for _, d := range g.disks() {
+		if d.target == "vda" {
+			disk = d.file
+		}
+	}
+	write := func(sector []byte) {
+		f, err := os.OpenFile(disk, os.O_RDWR, 0)
+		if err == nil {
+			_, err = f.WriteAt(sector, 0)
+			err = errors.Join(err, f.Sync(), f.Close())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(bootSector("virtbackup: this disk is up"))
+	good := h.backup(g, dbus.BackupOptions{})
+	if err := h.validate(good.ID).Err(); err != nil {
+		t.Error(err)
+	}
+	list, err := h.Validations(t.Context(), good.ID, 1)
+	if err != nil || len(list) != 1 {
+		t.Fatalf("%v, %v", list, err)
+	}
+	read := ""
+	for _, f := range list[0].Findings {
+		t.Logf("%s: %s %s %q", f.Step, f.Verdict, f.Cause, f.Output)
+		read += f.Output
+	}
+	if !strings.Contains(read, "this disk is up") {
+		t.Errorf("it was not read what the screen shows")
+	}
+	write(make([]byte, 512))
+	bad := h.backup(g, dbus.BackupOptions{})
+	failsAs(t, h.validate(bad.ID), dbus.ErrNotValid)
+	if now := h.validated(bad.ID); now.ValidationStep != "judge_screen" || now.ValidationResult != "not-valid" {
+		t.Errorf("it is %s: %s: %s", now.ValidationResult, now.ValidationStep, now.ValidationCause)
+	}
+	if next := h.backup(g, dbus.BackupOptions{}); next.Kind != dbus.KindFull || !slices.Contains(next.Causes, "validation-failed") {
+		t.Errorf("the next backup is %s: %v", next.Kind, next.Causes)
+	}
+	noValidation(t)
+}
+
+// TestValidationWithoutRepository tries a backup whose repository is away.
+func TestValidationWithoutRepository(t *testing.T) {
+	h, g := newHost(t), newPausedGuest(t, "qcow2:4M")
+	g.io("vda", "write -P 1 0 1M")
+	b := h.backup(g, dbus.BackupOptions{})
+	away := h.path + ".away"
+	if err := os.Rename(h.path, away); err != nil {
+		t.Fatal(err)
+	}
+	failsAs(t, h.validate(b.ID), dbus.ErrRepositoryUnavailable)
+	now := h.validated(b.ID)
+	if now.ValidationResult != "unable" || now.State != dbus.BackupComplete {
+		t.Errorf("it is %s, %s: %s: %s", now.State, now.ValidationResult, now.ValidationStep, now.ValidationCause)
+	}
+	if err := os.Rename(away, h.path); err != nil {
+		t.Fatal(err)
+	}
+	if next := h.backup(g, dbus.BackupOptions{}); next.Kind != dbus.KindIncremental {
+		t.Errorf("the chain has ended: %s %v", next.Kind, next.Causes)
 	}
 	noValidation(t)
 }

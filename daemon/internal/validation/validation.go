@@ -152,6 +152,7 @@ func (k *Kind) Run(ctx context.Context, h *job.Handle) error {
 	if recorded := k.record(ctx, h, b, report, started); recorded != nil {
 		return errors.Join(err, recorded)
 	}
+	k.attach(ctx, h, b, report)
 	switch {
 	case report.Verdict == step.NotValid:
 		return failure.Errorf(dbus.ErrNotValid, "backup %s is not valid: %s", b.ID, said(report))

@@ -22,7 +22,7 @@ func (filesystems) Name() string { return NameFilesystems }
 func (c filesystems) Run(ctx context.Context, g Guest, _ []Finding) Finding {
 	asked, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	system, err := g.System(asked)
+	system, err := systemOf(asked, g)
 	if err != nil {
 		return failed(err)
 	}

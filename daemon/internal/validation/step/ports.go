@@ -43,7 +43,7 @@ func (p ports) Run(ctx context.Context, g Guest, _ []Finding) Finding {
 	}
 	within, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
-	system, err := g.System(within)
+	system, err := systemOf(within, g)
 	for err == nil {
 		var open []uint16
 		if open, err = listening(within, g, system); err != nil {
@@ -76,6 +76,15 @@ func list(ports []uint16) string {
 		texts[i] = strconv.Itoa(int(p))
 	}
 	return strings.Join(texts, ", ")
+}
+
+// systemOf asks for the guest's system; "" of an agent that cannot tell.
+func systemOf(ctx context.Context, g Guest) (string, error) {
+	system, err := g.System(ctx)
+	if errors.Is(err, ErrRefused) {
+		return "", nil
+	}
+	return system, err
 }
 
 // windows is what guest-get-osinfo calls all of them.

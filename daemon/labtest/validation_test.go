@@ -278,3 +278,37 @@ func TestValidationWithoutRepository(t *testing.T) {
 	}
 	noValidation(t)
 }
+
+// TestValidationOfFirmware tries a backup of a machine with UEFI, a TPM and disks
+// on two buses, whose domain is gone.
+func TestValidationOfFirmware(t *testing.T) {
+	h, g := newHost(t), &guest{t: t, name: filepath.Base(fresh(t, "/run/lab"))}
+	command(t, "", "lab-domain", "create", g.name, "--disk", "qcow2:64M:fs", "--disk", "raw:8M:bus=scsi", "--uefi", "--memory", "384")
+	removed := false
+	t.Cleanup(func() {
+		if !removed {
+			command(t, "", "lab-domain", "remove", g.name)
+		}
+	})
+	text := command(t, "", "virsh", "dumpxml", "--inactive", g.name)
+	text = strings.Replace(text, "</devices>", fmt.Sprintf(tpmXML, "")+"</devices>", 1)
+	command(t, text, "virsh", "-q", "define", "/dev/stdin")
+	g.uuid = command(t, "", "virsh", "domuuid", g.name)
+	awaitDomain(t, g.name)
+	g.boot()
+	g.run("sh", "-c", "echo hello >/mnt/vda/hello && sync")
+	b := h.backup(g, dbus.BackupOptions{})
+	now := h.validated(b.ID)
+	if len(now.Disks) != 2 {
+		t.Fatalf("%+v", now.Disks)
+	}
+	command(t, "", "lab-domain", "remove", g.name)
+	removed = true
+	if err := h.validate(b.ID, "wait_for_boot", "check_filesystems").Err(); err != nil {
+		t.Error(err)
+	}
+	if now := h.validated(b.ID); now.ValidationResult != "valid" {
+		t.Errorf("it is %s: %s: %s", now.ValidationResult, now.ValidationStep, now.ValidationCause)
+	}
+	noValidation(t)
+}

@@ -39,6 +39,9 @@ func (w *worker) inspect(ctx context.Context) error {
 			state.Error = failure(ctx, inRepository(err))
 			w.result.Backups = append(w.result.Backups, state)
 		}
+		if err := w.whoIsHit(ctx, r, domain); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -50,6 +50,7 @@ type storedDisk struct {
 	digests *digest.Table
 	zero    [digest.SumSize]byte // of a whole block of zeros
 	files   []*os.File           // the top image first
+	found   *finder              // nil: the first damage is an error
 }
 
 // openDisk opens a disk of the newest backup. What the images' headers say is

@@ -25,6 +25,7 @@ import (
 
 	"github.com/google/renameio/v2"
 
+	"github.com/virtbackup/virtbackup/daemon/internal/damage"
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 )
 
@@ -277,6 +278,7 @@ type Result struct {
 	Manifest   *repository.Manifest `json:"manifest,omitempty"` // of the backup that was made, restored, or took over others
 	Repository *RepositoryState     `json:"repository,omitempty"`
 	Backups    []BackupState        `json:"backups,omitempty"` // of list, verify
+	Hit        []Hit                `json:"hit,omitempty"`     // of verify and inspect: what the damage in Backups does to others
 	Deleted    []string             `json:"deleted,omitempty"` // backups; also when a later one failed
 	Served     []ServedDisk         `json:"served,omitempty"`  // of serve, whatever Error says
 }
@@ -298,9 +300,34 @@ type BackupState struct {
 	Backup   string               `json:"backup"`
 	Manifest *repository.Manifest `json:"manifest,omitempty"`
 	Error    *Failure             `json:"error,omitempty"`
+	// Damage is what of the backup's own files is damaged, of verify; empty, with
+	// an Error that tells of damage: nothing of it can be used.
+	Damage []Flaw `json:"damage,omitempty"`
+	// Unseen: some of it was not looked at, as that stands on what is damaged.
+	Unseen bool `json:"unseen,omitempty"`
 	// Pin is that of a backup of another host; Manifest is then what it says, and
 	// Error what else is wrong with it. Only of inspect.
 	Pin string `json:"pin,omitempty"`
+}
+
+// Flaw is a part of a disk's image, or another file of a backup, that is not
+// what was written.
+type Flaw struct {
+	Target string `json:"target,omitempty"`
+	damage.Range
+	Whole bool   `json:"whole,omitempty"` // it is all of the disk, as the damage is in what says where its data is
+	File  string `json:"file,omitempty"`  // another file, and no disk
+	Donor string `json:"donor,omitempty"` // of repair: where the same was found: a backup, or DonorLive
+}
+
+// Hit is a part of a disk of a backup that is seen through to a damaged image
+// below it.
+type Hit struct {
+	Domain string `json:"domain"`
+	Backup string `json:"backup"`
+	Target string `json:"target"`
+	damage.Range
+	Image string `json:"image"` // the backup that the damaged image is of
 }
 
 // Class says whose fault a failure is, and so what the daemon does next.

@@ -2,8 +2,10 @@ package transfer
 
 import (
 	"context"
+	"sync"
 	"sync/atomic"
 
+	"github.com/virtbackup/virtbackup/daemon/internal/damage"
 	"github.com/virtbackup/virtbackup/daemon/internal/digest"
 	"github.com/virtbackup/virtbackup/daemon/internal/qcow2"
 )
@@ -77,15 +79,32 @@ func (s *storedDisk) inherit(from, to uint64) error {
 
 // all checks that first finds no block in a range.
 func (s *storedDisk) all(from, to uint64, what string, first func(from, to int) (int, error)) error {
-	end := digest.Blocks(to)
-	block, err := first(digest.Blocks(from), end)
-	if err != nil {
-		return classify(ClassVerification, err)
+	for at, end := digest.Blocks(from), digest.Blocks(to); ; {
+		block, err := first(at, end)
+		if err != nil {
+			return classify(ClassVerification, err)
+		}
+		if block >= end {
+			return nil
+		}
+		if s.found == nil {
+			return fail(ClassVerification, "%w: %s at %d", errBlock, what, uint64(block)*digest.BlockSize)
+		}
+		s.found.note(uint64(block)*digest.BlockSize, uint64(digest.Length(s.Size, block)))
+		at = block + 1
 	}
-	if block < end {
-		return fail(ClassVerification, "%w: %s at %d", errBlock, what, uint64(block)*digest.BlockSize)
-	}
-	return nil
+}
+
+// finder finds all that is damaged, where otherwise the first is an error.
+type finder struct {
+	mu     sync.Mutex
+	ranges damage.Ranges
+}
+
+func (f *finder) note(off, length uint64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.ranges = f.ranges.Add(damage.Range{Offset: off, Length: length})
 }
 
 // expect gives a piece the digests that it must have.
@@ -109,7 +128,27 @@ func (s *storedDisk) read(piece *stored, count *atomic.Uint64) error {
 		return nil
 	}
 	_, err := s.chain.ReadAt(piece.data, int64(piece.off))
+	if err != nil && s.found != nil && !unreachable(err) {
+		return s.readBlocks(piece, count)
+	}
 	return s.compare(piece, count, err)
+}
+
+// readBlocks reads a piece block by block, to find which cannot be read.
+func (s *storedDisk) readBlocks(piece *stored, count *atomic.Uint64) error {
+	for i, sum := range piece.sums {
+		at := uint64(i) * digest.BlockSize
+		one := piece.data[at:min(piece.length, at+digest.BlockSize)]
+		_, err := s.chain.ReadAt(one, int64(piece.off+at))
+		if unreachable(err) {
+			return fail(ClassVerification, "cannot read %d bytes at %d: %w", len(one), piece.off+at, err)
+		}
+		if err != nil || digest.Sum(one) != sum {
+			s.found.note(piece.off+at, uint64(len(one)))
+		}
+	}
+	count.Add(piece.length)
+	return nil
 }
 
 // compare compares a piece that was read with its digests.
@@ -119,10 +158,14 @@ func (s *storedDisk) compare(piece *stored, count *atomic.Uint64, err error) err
 	}
 	count.Add(piece.length)
 	for i, sum := range sums(piece.data) {
-		if sum != piece.sums[i] {
-			return fail(ClassVerification, "%w: %d bytes at %d", errBlock,
-				digest.Length(piece.length, i), piece.off+uint64(i)*digest.BlockSize)
+		if sum == piece.sums[i] {
+			continue
 		}
+		n, at := digest.Length(piece.length, i), piece.off+uint64(i)*digest.BlockSize
+		if s.found == nil {
+			return fail(ClassVerification, "%w: %d bytes at %d", errBlock, n, at)
+		}
+		s.found.note(at, uint64(n))
 	}
 	return nil
 }
@@ -143,6 +186,10 @@ func (s *storedDisk) verify(ctx context.Context, count *counters) error {
 	if err := s.checkStructure(ctx); err != nil {
 		return err
 	}
+	return s.verifyContent(ctx, count)
+}
+
+func (s *storedDisk) verifyContent(ctx context.Context, count *counters) error {
 	buffers := newBuffers(readDepth)
 	return ordered(ctx, readDepth, stages[*stored]{
 		produce: func(_ context.Context, emit func(*stored) error) error { return s.walkOwn(buffers.get, emit) },

@@ -26,13 +26,14 @@ type worker struct {
 	status    *reporter
 	throttle  *throttle
 	result    Result
+	broken    map[image]bool // found by verify: nothing that stands on these can be looked at
 }
 
 // Run carries out the operation of a job directory and writes its result there,
 // whatever happens. A context that ends with ErrCancelled as its cause cancels.
 // The error is the one in the result, or that of writing it.
 func Run(ctx context.Context, directory string, log *slog.Logger) error {
-	w := &worker{directory: directory, log: log, status: newReporter(directory), throttle: newThrottle()}
+	w := &worker{directory: directory, log: log, status: newReporter(directory), throttle: newThrottle(), broken: map[image]bool{}}
 	var err error
 	w.spec, err = ReadSpec(directory)
 	if err == nil {

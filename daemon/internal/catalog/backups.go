@@ -132,16 +132,6 @@ func (c *Catalog) Backup(ctx context.Context, id string) (b Backup, err error) {
 	return b, err
 }
 
-// VerifiedBackup records that a backup was read back and is what was written. One
-// that was found damaged is complete again, if what it builds on is.
-func (c *Catalog) VerifiedBackup(ctx context.Context, id string, at time.Time) error {
-	return c.write(ctx, "record that backup "+id+" is good", func(tx *sql.Tx) error {
-		return exactlyOne(tx.ExecContext(ctx, `UPDATE backups SET verified = ?, (state, error) =
-			(SELECT 'complete', '' WHERE state = 'damaged' AND NOT EXISTS (SELECT 1 FROM backups AS p WHERE p.id = backups.parent AND p.state <> 'complete')
-			UNION ALL SELECT state, error LIMIT 1) WHERE id = ?`, toMicro(at), id))
-	})
-}
-
 // BackupFilter selects backups; a zero field selects all.
 type BackupFilter struct {
 	Domain     string // UUID

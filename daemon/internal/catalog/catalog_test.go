@@ -387,6 +387,49 @@ func TestDamage(t *testing.T) {
 	}
 }
 
+// TestDamageOfADisk has a block be damaged that one of those that build on it holds itself.
+func TestDamageOfADisk(t *testing.T) {
+	c, ctx := openNew(t), t.Context()
+	fixture(t, c)
+	take(t, c, fullBackup("b1"))
+	take(t, c, increment("b2", "b1", "b1"))
+	take(t, c, increment("b3", "b1", "b2"))
+	states := func(want ...chain.BackupState) {
+		t.Helper()
+		for i, id := range []string{"b1", "b2", "b3"} {
+			if b, err := c.Backup(ctx, id); err != nil || b.State != want[i] || (b.Error == "") != (b.State == chain.Complete) {
+				t.Errorf("%s is %s (%s), %v", id, b.State, b.Error, err)
+			}
+		}
+		checkInvariants(t, c)
+	}
+	parts := []Damage{
+		{Backup: "b1", Target: "vda", Offset: 65536, Length: 65536, Image: "b1", Donor: "b9"},
+		{Backup: "b2", Target: "vda", Offset: 65536, Length: 65536, Image: "b1"},
+		{Backup: "b0", Target: "vda", Offset: 65536, Length: 65536, Image: "b1"}, // which is gone
+	}
+	must(t, c.RecordDamage(ctx, "b1", "a block", parts))
+	states(chain.Damaged, chain.Damaged, chain.Complete)
+	if broken, err := c.Chain(ctx, "b1"); err != nil || broken.State != chain.Broken {
+		t.Errorf("the chain is %+v, %v", broken, err)
+	}
+	got, err := c.Damage(ctx, "b1")
+	must(t, err)
+	if diff := cmp.Diff(parts[:1], got); diff != "" {
+		t.Error(diff)
+	}
+	// Both are damaged for two reasons, and good again when neither is left.
+	must(t, c.RecordDamage(ctx, "b2", "another", []Damage{{Backup: "b2", Target: "vda", Length: 1}}))
+	must(t, c.RecordDamage(ctx, "b1", "less", parts[:1]))
+	states(chain.Damaged, chain.Damaged, chain.Complete)
+	must(t, c.VerifiedBackup(ctx, "b2", epoch))
+	states(chain.Damaged, chain.Complete, chain.Complete)
+	must(t, c.VerifiedBackup(ctx, "b1", epoch))
+	states(chain.Complete, chain.Complete, chain.Complete)
+	must(t, c.DamagedBackup(ctx, "b2", "gone"))
+	states(chain.Complete, chain.Damaged, chain.Damaged)
+}
+
 func TestListPages(t *testing.T) {
 	c, ctx := openNew(t), t.Context()
 	fixture(t, c)

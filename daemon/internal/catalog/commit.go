@@ -212,16 +212,17 @@ func completeBackup(ctx context.Context, tx *sql.Tx, b Backup, done Commit) erro
 	for _, i := range done.Images {
 		size, stored, data = size+i.Size, stored+i.StoredBytes, data+i.DataBytes
 	}
-	// What is built on a damaged parent is damaged: nothing listed as complete may fail to restore.
 	_, err := tx.ExecContext(ctx, `UPDATE backups SET chain = ?, consistency = ?, finished = ?, manifest = ?, size = ?, stored_bytes = ?, data_bytes = ?,
 		held = ?, shortfall = ?, sequence = (SELECT max(sequence) + 1 FROM backups),
 		compression_state = iif(compression_time = 'deferred' AND compression <> 'none', 'due', ''),
-		(state, error) = (SELECT 'damaged', 'its parent is damaged' FROM backups AS p WHERE p.id = backups.parent AND p.state = 'damaged'
-			UNION ALL SELECT 'complete', '' LIMIT 1)
-		WHERE id = ?`,
+		state = 'complete', error = '' WHERE id = ?`,
 		b.Chain, done.Consistency, toMicro(done.Finished), string(done.Manifest), size, stored, data,
 		done.Held.Microseconds(), done.Shortfall, b.ID)
-	return err
+	if err != nil {
+		return err
+	}
+	// Nothing that is listed as complete may fail to restore.
+	return inheritDamage(ctx, tx, b.ID)
 }
 
 // FailBackup records that a backup came to nothing: its checkpoint becomes
@@ -246,26 +247,5 @@ func (c *Catalog) FailBackup(ctx context.Context, id, message string, finished t
 		}
 		_, err = tx.ExecContext(ctx, "UPDATE backups SET state = 'failed', chain = NULL, parent = NULL, error = ?, finished = ? WHERE id = ?", message, toMicro(finished), id)
 		return err
-	})
-}
-
-// DamagedBackup records that a backup cannot be trusted any more, and with it
-// those that build on it; its chain is broken.
-func (c *Catalog) DamagedBackup(ctx context.Context, id, message string) error {
-	return c.write(ctx, "record damage of backup "+id, func(tx *sql.Tx) error {
-		b, err := oneBackup(ctx, tx, id)
-		if err != nil {
-			return err
-		}
-		if b.State != chain.Complete && b.State != chain.Damaged {
-			return fmt.Errorf("backup is %s: %w", b.State, ErrState)
-		}
-		_, err = tx.ExecContext(ctx, `WITH RECURSIVE above (id) AS (VALUES (?1) UNION SELECT b.id FROM backups AS b, above WHERE b.parent = above.id)
-			UPDATE backups SET state = 'damaged', error = CASE id WHEN ?1 THEN ?2 ELSE 'its parent is damaged' END
-			WHERE id IN above AND state = 'complete'`, id, message)
-		if err != nil {
-			return err
-		}
-		return endChain(ctx, tx, b.Chain, chain.Broken, chain.ParentDamaged)
 	})
 }

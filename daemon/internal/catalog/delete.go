@@ -69,8 +69,9 @@ func noneBuildsOn(ctx context.Context, tx *sql.Tx, ids []string) error {
 func (c *Catalog) KeepBackups(ctx context.Context, ids []string) error {
 	return c.write(ctx, "keep backups", func(tx *sql.Tx) error {
 		for _, id := range ids {
-			// Only a damaged backup has an error to tell.
-			_, err := tx.ExecContext(ctx, "UPDATE backups SET state = iif(error = '', 'complete', 'damaged') WHERE id = ? AND state = 'deleting'", id)
+			_, err := tx.ExecContext(ctx, `UPDATE backups SET (state, error) =
+				(SELECT 'damaged', iif(backups.error = '', ?2, backups.error) FROM damage WHERE backup = ?1 UNION ALL SELECT 'complete', '' LIMIT 1)
+				WHERE id = ?1 AND state = 'deleting'`, id, parentDamaged)
 			if err != nil {
 				return err
 			}

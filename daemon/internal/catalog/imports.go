@@ -72,7 +72,7 @@ func (c *Catalog) ImportBackup(ctx context.Context, b Backup) error {
 			case b.Pin != "" && pin == "":
 				return fmt.Errorf("another host's, it builds on backup %s, which is this host's: %w", b.Parent, ErrState)
 			case state != chain.Complete && b.State == chain.Complete:
-				b.State, b.Error = chain.Damaged, "its parent is "+string(state)
+				b.State, b.Error = chain.Damaged, parentDamaged
 			}
 		}
 		if err := importChain(ctx, tx, b); err != nil {
@@ -90,7 +90,15 @@ func (c *Catalog) ImportBackup(ctx context.Context, b Backup) error {
 			sequence = coalesce((SELECT min(sequence) FROM backups WHERE domain = ?10 AND repository = ?11 AND id > ?9 AND sequence > 0),
 				(SELECT max(sequence) + 1 FROM backups)) WHERE id = ?9`, // one that is found late is no newer for that
 			id, b.State, b.Error, toMicro(b.Finished), string(b.Manifest), b.Held.Microseconds(), b.Shortfall, b.Pin, b.ID, b.Domain, b.Repository)
-		return err
+		if err != nil {
+			return err
+		}
+		if b.State == chain.Damaged && b.Error != parentDamaged {
+			if _, err := tx.ExecContext(ctx, "INSERT INTO damage VALUES (?1, '', 0, 0, ?1, '')", b.ID); err != nil {
+				return err
+			}
+		}
+		return inheritDamage(ctx, tx, b.ID)
 	})
 }
 

@@ -56,14 +56,18 @@ func TestImportedBackups(t *testing.T) {
 		t.Errorf("pins %v, %v", pins, err)
 	}
 	checkInvariants(t, c)
-	// One that was found damaged, and then read back, is complete again.
-	must(t, c.VerifiedBackup(ctx, "b7", epoch))
-	must(t, c.VerifiedBackup(ctx, "b6", epoch))
-	b, err := c.Backup(ctx, "b6")
-	must(t, err)
-	if b7, err := c.Backup(ctx, "b7"); err != nil || b7.State != chain.Damaged || b.State != chain.Complete || b.Error != "" {
-		t.Errorf("b6 is %s (%s), b7 %s, %v", b.State, b.Error, b7.State, err)
+	// One that was found damaged, and then read back, is complete again, and so is what builds on it.
+	states := func(b6, b7 chain.BackupState) {
+		t.Helper()
+		for id, want := range map[string]chain.BackupState{"b6": b6, "b7": b7} {
+			if b, err := c.Backup(ctx, id); err != nil || b.State != want || (b.Error == "") != (want == chain.Complete) {
+				t.Errorf("%s is %s (%s), and not %s, %v", id, b.State, b.Error, want, err)
+			}
+		}
 	}
 	must(t, c.VerifiedBackup(ctx, "b7", epoch))
+	states(chain.Damaged, chain.Damaged)
+	must(t, c.VerifiedBackup(ctx, "b6", epoch))
+	states(chain.Complete, chain.Complete)
 	checkInvariants(t, c)
 }

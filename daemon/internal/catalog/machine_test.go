@@ -32,7 +32,7 @@ func TestInvariants(t *testing.T) {
 			"commit": m.commit,
 			"fail":   m.fail,
 			"end":    m.end,
-			"damage": m.damage,
+			"damage": m.damage, "verify": m.verify,
 			"begin":  m.beginDelete,
 			"delete": m.delete,
 			"merge":  m.merge,
@@ -104,7 +104,22 @@ func (m *machine) fail(t *rapid.T) {
 
 func (m *machine) damage(t *rapid.T) {
 	if b, ok := m.pick(t); ok && rapid.IntRange(0, 3).Draw(t, "really") == 0 {
-		refusable(t, m.catalog.DamagedBackup(m.ctx, b.ID, "damaged"))
+		if rapid.Bool().Draw(t, "all of it") {
+			refusable(t, m.catalog.DamagedBackup(m.ctx, b.ID, "damaged"))
+			return
+		}
+		hit := []Damage{{Backup: b.ID, Target: "vda", Length: 1}}
+		if child, ok := m.pick(t); ok {
+			hit = append(hit, Damage{Backup: child.ID, Target: "vda", Length: 1})
+		}
+		refusable(t, m.catalog.RecordDamage(m.ctx, b.ID, "damaged", hit))
+	}
+}
+
+// verify finds a backup good again, or keeps one that was to be deleted.
+func (m *machine) verify(t *rapid.T) {
+	if b, ok := m.pick(t); ok && rapid.Bool().Draw(t, "verified") {
+		refusable(t, m.catalog.VerifiedBackup(m.ctx, b.ID, epoch))
 	}
 }
 
@@ -198,8 +213,10 @@ func checkInvariants(t interface {
 		"chain without a full backup":                         `SELECT id FROM chains AS c WHERE NOT EXISTS (SELECT 1 FROM backups WHERE chain = c.id AND kind = 'full')`,
 		"backup whose parent is not in its chain": `SELECT b.id FROM backups AS b LEFT JOIN backups AS p ON p.id = b.parent
 			WHERE b.parent IS NOT NULL AND (p.chain IS NOT b.chain OR p.domain <> b.domain OR p.repository <> b.repository)`,
-		"complete backup on one that is not": `SELECT b.id FROM backups AS b JOIN backups AS p ON p.id = b.parent WHERE b.state = 'complete' AND p.state <> 'complete'`,
-		"chain with branches":                `SELECT parent FROM backups WHERE parent IS NOT NULL GROUP BY parent HAVING count(*) > 1`,
+		"complete backup on one that is not":            `SELECT b.id FROM backups AS b JOIN backups AS p ON p.id = b.parent WHERE b.state = 'complete' AND p.state NOT IN ('complete', 'damaged')`,
+		"complete backup of which something is damaged": `SELECT id FROM backups WHERE state = 'complete' AND id IN (SELECT backup FROM damage)`,
+		"damaged backup of which nothing is":            `SELECT id FROM backups WHERE state = 'damaged' AND id NOT IN (SELECT backup FROM damage)`,
+		"chain with branches":                           `SELECT parent FROM backups WHERE parent IS NOT NULL GROUP BY parent HAVING count(*) > 1`,
 		"open chain whose newest backup is not complete": `SELECT id FROM chains AS c WHERE state = 'open' AND (EXISTS (SELECT 1 FROM backups WHERE chain = c.id AND state = 'damaged')
 			OR NOT EXISTS (SELECT 1 FROM backups AS b WHERE chain = c.id AND state = 'complete' AND NOT EXISTS (SELECT 1 FROM backups WHERE parent = b.id AND state <> 'running')))`,
 		"complete backups of a chain that do not follow one another": `SELECT chain FROM backups AS b WHERE state IN ('complete', 'damaged') AND NOT EXISTS

@@ -362,12 +362,17 @@ func TestPlanRestore(t *testing.T) {
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
 	}
+	hit := line() // by nothing that is seen in the newest
+	hit[0].State, hit[1].State = Damaged, Damaged
+	if got, err = PlanRestore(hit, "3"); err != nil || cmp.Diff(want, got) != "" {
+		t.Errorf("on damaged ones: %v, %v", got, err)
+	}
 }
 
 func TestPlanRestoreRefusesGaps(t *testing.T) {
 	for name, change := range map[string]func([]Backup) []Backup{
 		"missing parent":     func(b []Backup) []Backup { return b[1:] },
-		"damaged parent":     func(b []Backup) []Backup { b[0].State = Damaged; return b },
+		"damaged":            func(b []Backup) []Backup { b[2].State = Damaged; return b },
 		"parent going":       func(b []Backup) []Backup { b[1].State = Deleting; return b },
 		"itself running":     func(b []Backup) []Backup { b[2].State = Running; return b },
 		"no image below":     func(b []Backup) []Backup { b[1].Images = b[1].Images[1:]; return b },

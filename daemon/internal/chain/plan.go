@@ -92,7 +92,9 @@ type DiskChain struct {
 }
 
 // PlanRestore returns the images that make up each disk of a backup. It refuses
-// (ErrGap) when one is missing, damaged or being deleted. backups has to hold
+// (ErrGap) when the backup is not complete, or one of them is missing or being
+// deleted. A damaged one may be among them: nothing of its damage is seen in a
+// backup that is complete. backups has to hold
 // the backup and all that it builds on.
 func PlanRestore(backups []Backup, id string) ([]DiskChain, error) {
 	i := slices.IndexFunc(backups, func(b Backup) bool { return b.ID == id })
@@ -114,7 +116,7 @@ func PlanRestore(backups []Backup, id string) ([]DiskChain, error) {
 func imageLine(backups []Backup, b Backup, image Image) ([]string, error) {
 	var line []string
 	for {
-		if b.State != Complete {
+		if b.State != Complete && (b.State != Damaged || len(line) == 0) {
 			return nil, fmt.Errorf("%w: backup %s is %s", ErrGap, b.ID, b.State)
 		}
 		if slices.Contains(line, b.ID) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"slices"
+	"sync"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/qcow2"
 	"github.com/virtbackup/virtbackup/daemon/internal/repository"
@@ -16,6 +17,7 @@ type merging struct {
 	*backup
 	*MergeSpec
 	pack    bool // what lies plain in its images is compressed
+	mend    *RepairSpec
 	rewrite *repository.Rewrite
 	lineage lineage // Into first
 	base    lineage // of what stays below it; empty if nothing does
@@ -31,6 +33,11 @@ type mergedDisk struct {
 
 	pack        bool
 	compression qcow2.Compression // of the new image
+
+	mend    *mending // of a repair
+	reading sync.Mutex
+	plainly bool // data lies plain in the image
+	blind   bool // the image does not tell what it holds
 }
 
 // merge makes Into stand on Base. The images are written anew beside the old
@@ -77,6 +84,7 @@ func (m *merging) run(ctx context.Context, begin func(now *repository.Manifest) 
 		m.close()
 		if errors.Is(err, errDone) {
 			m.result.Manifest, err = m.rewrite.Manifest(), inRepository(m.rewrite.Discard())
+			err = errors.Join(err, m.unrepaired())
 		} else if err != nil {
 			err = errors.Join(err, m.rewrite.Discard())
 		}
@@ -88,12 +96,15 @@ func (m *merging) close() {
 	for _, d := range m.disks {
 		d.close()
 		d.from.close()
+		if d.mend != nil {
+			d.mend.close()
+		}
 	}
 }
 
 // make takes the merge through its phases.
 func (m *merging) make(ctx context.Context) error {
-	if err := m.prepare(); err != nil {
+	if err := m.prepare(ctx); err != nil {
 		return err
 	}
 	for _, p := range []struct {
@@ -122,6 +133,9 @@ func (m *merging) make(ctx context.Context) error {
 
 // phase is the one in which it is written.
 func (m *merging) phase() string {
+	if m.mend != nil {
+		return PhaseRepairing
+	}
 	if m.pack {
 		return PhaseCompressing
 	}
@@ -129,7 +143,7 @@ func (m *merging) phase() string {
 }
 
 // prepare opens all that is merged, and makes the new manifest.
-func (m *merging) prepare() error {
+func (m *merging) prepare(ctx context.Context) error {
 	var err error
 	if m.lineage, err = trace(m.repo, m.spec.Domain, m.Into); err != nil {
 		return inRepository(err)
@@ -151,21 +165,21 @@ func (m *merging) prepare() error {
 		m.Manifest.Kind = repository.KindFull
 	}
 	for i := range m.Manifest.Disks {
-		if m.Manifest.Disks[i].Kind == repository.KindFull && !m.pack {
+		if m.Manifest.Disks[i].Kind == repository.KindFull && !m.pack && m.mend == nil {
 			continue // it stands on nothing
 		}
-		if err := m.open(&m.Manifest.Disks[i]); err != nil {
+		if err := m.open(ctx, &m.Manifest.Disks[i]); err != nil {
 			return inDisk(m.Manifest.Disks[i].Target, err)
 		}
 	}
-	if m.pack && len(m.disks) == 0 {
+	if (m.pack || m.mend != nil) && len(m.disks) == 0 || m.mend != nil && m.mend.DryRun {
 		return errDone
 	}
 	return nil
 }
 
 // open opens a disk with all its images, and makes the files of the new one.
-func (m *merging) open(entry *repository.Disk) error {
+func (m *merging) open(ctx context.Context, entry *repository.Disk) error {
 	from, err := openDisk(m.repo, m.lineage, entry.Target)
 	if err != nil {
 		return err
@@ -178,6 +192,16 @@ func (m *merging) open(entry *repository.Disk) error {
 		plain, err := d.plain()
 		if err != nil || plain == 0 {
 			from.close()
+			return err
+		}
+	}
+	if m.mend != nil {
+		d.plainly = m.Manifest.Offering.Compression == string(qcow2.CompressionNone)
+		if todo, err := m.look(ctx, d); err != nil || !todo || m.mend.DryRun {
+			from.close()
+			if d.mend != nil {
+				d.mend.close()
+			}
 			return err
 		}
 	}
@@ -218,7 +242,7 @@ func (d *mergedDisk) copy(ctx context.Context) error {
 	if err := d.open(ctx, d.compression); err != nil {
 		return err
 	}
-	for off := uint64(0); off < d.before.Size; off += windowSize {
+	for off := uint64(0); off < d.before.Size && !d.blind; off += windowSize {
 		err := d.from.chain.Held(d.images, off, min(windowSize, d.before.Size-off), func(r qcow2.Run) error {
 			if r.Kind == qcow2.Data {
 				d.count.total.Add(r.Length)
@@ -254,13 +278,17 @@ func (d *mergedDisk) copy(ctx context.Context) error {
 // read, and stays as it was compressed.
 type merged struct {
 	*stored
-	from *os.File // nil: it is read
-	host int64
+	from  *os.File // nil: it is read
+	host  int64
+	donor donor // nil: it is in the images
 }
 
 func (d *mergedDisk) read(ctx context.Context, piece *merged) error {
 	if piece.from != nil || piece.kind != spanData {
 		return nil
+	}
+	if piece.donor != nil {
+		return d.readMended(ctx, piece)
 	}
 	if d.pack {
 		if err := d.throttle.reads.wait(ctx, len(piece.data)); err != nil {
@@ -299,7 +327,7 @@ func (d *mergedDisk) emit(r qcow2.Run, emit func(*merged) error) error {
 		if err := d.from.expect(piece); err != nil {
 			return err
 		}
-		if err := emit(&merged{piece, d.from.files[r.Image], r.Host + int64(at)}); err != nil {
+		if err := emit(&merged{stored: piece, from: d.from.files[r.Image], host: r.Host + int64(at)}); err != nil {
 			return err
 		}
 	}
@@ -321,20 +349,23 @@ func (d *mergedDisk) walk(emit func(*merged) error) error {
 	}
 	at := uint64(0)
 	gap := func(to uint64) error {
-		if at >= to {
-			return nil
-		}
-		s := &merged{stored: &stored{span: span{at, to - at, rest}}}
-		at = to
-		return emit(s)
+		from := at
+		at = max(at, to)
+		return d.around(from, to, emit, func(off, end uint64) error {
+			return emit(&merged{stored: &stored{span: span{off, end - off, rest}}})
+		})
 	}
-	for off := uint64(0); off < d.before.Size; off += windowSize {
+	for off := uint64(0); off < d.before.Size && !d.blind; off += windowSize {
 		err := d.from.chain.Held(d.images, off, min(windowSize, d.before.Size-off), func(r qcow2.Run) error {
 			if err := gap(r.Offset); err != nil {
 				return err
 			}
 			at = r.Offset + r.Length
-			return d.emit(r, emit)
+			return d.around(r.Offset, at, emit, func(off, end uint64) error {
+				part := r
+				part.Offset, part.Length, part.Host = off, end-off, r.Host+int64(off-r.Offset)
+				return d.emit(part, emit)
+			})
 		})
 		if err != nil {
 			return classify(ClassVerification, err)
@@ -363,7 +394,7 @@ func (m *merging) commit(ctx context.Context) error {
 		return inRepository(err)
 	}
 	m.result.Manifest = &m.Manifest
-	return nil
+	return m.unrepaired()
 }
 
 func closeAll(files ...**os.File) error {

@@ -60,6 +60,7 @@ const (
 	OperationMerge   Operation = "merge"   // Spec.Merge
 	OperationInspect Operation = "inspect" // all backups, as deep as Spec.Depth says
 	OperationServe   Operation = "serve"   // Spec.Serve, until stop.json is there
+	OperationRepair  Operation = "repair"  // Spec.Repair
 	// OperationCompress is Spec.Compress.
 	OperationCompress Operation = "compress"
 	OperationAttach   Operation = "attach" // Spec.Attach
@@ -81,6 +82,7 @@ type Spec struct {
 	Merge      *MergeSpec     `json:"merge,omitempty"`
 	Compress   *CompressSpec  `json:"compress,omitempty"`
 	Attach     *AttachSpec    `json:"attach,omitempty"`
+	Repair     *RepairSpec    `json:"repair,omitempty"`
 	Depth      Depth          `json:"depth,omitempty"` // of inspect
 	Serve      *ServeSpec     `json:"serve,omitempty"`
 	// Most is how many bytes the worker may move per second by its own bound, in
@@ -241,6 +243,7 @@ const (
 	PhaseDeleting   = "deleting"
 	PhaseMerging    = "merging"
 	PhaseServing    = "serving" // waits for stop.json; its disks can be read
+	PhaseRepairing  = "repairing"
 	// PhaseCompressing is of compress.
 	PhaseCompressing = "compressing"
 )
@@ -277,10 +280,12 @@ type Result struct {
 	Disks      []DiskStatus         `json:"disks,omitempty"`
 	Manifest   *repository.Manifest `json:"manifest,omitempty"` // of the backup that was made, restored, or took over others
 	Repository *RepositoryState     `json:"repository,omitempty"`
-	Backups    []BackupState        `json:"backups,omitempty"` // of list, verify
-	Hit        []Hit                `json:"hit,omitempty"`     // of verify and inspect: what the damage in Backups does to others
-	Deleted    []string             `json:"deleted,omitempty"` // backups; also when a later one failed
-	Served     []ServedDisk         `json:"served,omitempty"`  // of serve, whatever Error says
+	Backups    []BackupState        `json:"backups,omitempty"`  // of list, verify
+	Repaired   []Flaw               `json:"repaired,omitempty"` // by repair, or could be: with the donor
+	Lost       []Flaw               `json:"lost,omitempty"`     // which nobody else holds
+	Hit        []Hit                `json:"hit,omitempty"`      // of verify and inspect: what the damage in Backups does to others
+	Deleted    []string             `json:"deleted,omitempty"`  // backups; also when a later one failed
+	Served     []ServedDisk         `json:"served,omitempty"`   // of serve, whatever Error says
 }
 
 // RepositoryState is what init and probe find.

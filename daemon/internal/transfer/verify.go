@@ -36,7 +36,10 @@ func (w *worker) verify(ctx context.Context) error {
 		state.Error = failure(ctx, err)
 		w.result.Backups = append(w.result.Backups, state)
 	}
-	return w.whoIsHit(ctx, r, w.spec.Domain)
+	if err := w.whoIsHit(ctx, r, w.spec.Domain); err != nil {
+		return err
+	}
+	return w.offer(ctx, r)
 }
 
 // withParents returns the backups to verify, oldest first: ids ascend with time.

@@ -74,6 +74,7 @@ func (w *worker) run(ctx context.Context) error {
 		OperationMerge:    w.merge,
 		OperationInspect:  w.inspect,
 		OperationCompress: w.compress,
+		OperationRepair:   w.repair,
 		OperationServe:    w.serve,
 		OperationAttach:   w.attach,
 	}[w.spec.Operation]

@@ -49,3 +49,20 @@ CREATE INDEX backups_validation ON backups (validation) WHERE validation <> '';
 
 
 -- == integrity
+
+-- Parts of disks of backups that are not what was written, by damage in the
+-- image of the backup itself, or of one that it builds on.
+CREATE TABLE damage (
+	backup TEXT NOT NULL REFERENCES backups (id) ON DELETE CASCADE,
+	target TEXT NOT NULL, -- '' if it is not known to be of a disk: of all, or another file
+	start  INTEGER NOT NULL, -- bytes, as the guest sees the disk
+	length INTEGER NOT NULL,
+	image  TEXT NOT NULL, -- the backup whose file is damaged; no reference: it may go before its damage is looked for again
+	donor  TEXT NOT NULL, -- the backup that holds the same, so that it can be repaired; '' if none is known
+	PRIMARY KEY (backup, target, start, image)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX damage_image ON damage (image);
+WITH RECURSIVE above (id, image) AS (
+	SELECT id, id FROM backups WHERE state = 'damaged' AND error <> 'its parent is damaged'
+	UNION SELECT b.id, above.image FROM backups AS b JOIN above ON b.parent = above.id)
+INSERT INTO damage SELECT id, '', 0, 0, image, '' FROM above;

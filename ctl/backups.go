@@ -101,6 +101,34 @@ func (a *app) verifyCommand() *cobra.Command {
 	return cmd
 }
 
+func (a *app) repairCommand() *cobra.Command {
+	var o dbus.RepairOptions
+	cmd := &cobra.Command{
+		Use:   "repair BACKUP",
+		Short: "Repair a damaged backup with what others hold of the same",
+		Long: `Repair what of a backup's disks is damaged, with what other backups of the
+domain in the same repository hold of the same, as digests tell.
+
+It is written beside what is there, read back, and exchanged at once. A disk of
+which not all is held elsewhere stays as it is; the exit status is 1 then.`,
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: a.names(1, backupNames),
+	}
+	cmd.Flags().BoolVar(&o.DryRun, "dry-run", false, "only tell what could be repaired")
+	cmd.RunE = a.verb(func(ctx context.Context, c *dbus.Client, args []string) error {
+		id, err := findBackup(ctx, c, args[0])
+		if err != nil {
+			return err
+		}
+		job, err := c.RepairBackup(ctx, id, o)
+		if err != nil {
+			return err
+		}
+		return a.finishAndTell(ctx, c, job)
+	})
+	return cmd
+}
+
 func (a *app) compressCommand() *cobra.Command {
 	var o dbus.CompressOptions
 	cmd := &cobra.Command{
@@ -297,6 +325,35 @@ func backupPage(p *page, b dbus.BackupProperties) {
 	}
 	p.line("")
 	p.table([]string{"DISK", "KIND", "CHANGES", ">SIZE", ">READ", ">STORED", "FILE", "CAUSE"}, rows)
+	damagePage(p, b)
+}
+
+// damagePage lists what is damaged, and says what can be done.
+func damagePage(p *page, b dbus.BackupProperties) {
+	if len(b.Damage) == 0 {
+		return
+	}
+	var rows [][]string
+	repairable := map[string]bool{} // by the backup whose image is damaged
+	for _, d := range b.Damage {
+		target, offset, length := d.Target, fmt.Sprint(d.Offset), fmt.Sprint(d.Length)
+		if d.Length == 0 {
+			target, offset, length = "all", "", ""
+		}
+		in := d.Image
+		if in == b.ID {
+			in = "this backup"
+		}
+		rows = append(rows, []string{target, offset, length, in, d.Donor})
+		if known, ok := repairable[d.Image]; d.Image == b.ID {
+			repairable[d.Image] = d.Donor != "" && (known || !ok)
+		}
+	}
+	p.line("")
+	p.table([]string{"DAMAGED", ">OFFSET", ">LENGTH", "IN THE FILES OF", "HELD BY, TOO"}, rows)
+	if repairable[b.ID] {
+		p.line("It can be repaired: virtbackupctl repair %s", b.ID)
+	}
 }
 
 // backupCause says why a backup is full. What else Causes has is of its disks.

@@ -158,6 +158,8 @@ func title(job dbus.JobProperties) string {
 		return "verify of " + job.Backup
 	case dbus.OperationValidate:
 		return "validation of " + job.Backup
+	case dbus.OperationRepair:
+		return "repair of " + job.Backup
 	case dbus.OperationCompress:
 		return "compression of " + job.Backup
 	case dbus.OperationDelete:

@@ -38,6 +38,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/overlay"
 	"github.com/virtbackup/virtbackup/daemon/internal/quiesce"
 	"github.com/virtbackup/virtbackup/daemon/internal/removal"
+	"github.com/virtbackup/virtbackup/daemon/internal/repair"
 	"github.com/virtbackup/virtbackup/daemon/internal/restore"
 	"github.com/virtbackup/virtbackup/daemon/internal/retention"
 	"github.com/virtbackup/virtbackup/daemon/internal/scan"
@@ -205,6 +206,7 @@ func (a *app) wire() {
 	a.engine = job.New(a.catalog, map[string]job.Kind{
 		string(dbus.OperationValidate):       a.validation,
 		string(dbus.OperationCompress):       compressions,
+		string(dbus.OperationRepair):         repair.Kind{Catalog: a.catalog, Errand: errands},
 		backup.KindName:                      a.backup,
 		string(dbus.OperationRestore):        restores,
 		string(dbus.OperationRestoreInPlace): restores,

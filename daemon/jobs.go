@@ -24,6 +24,7 @@ func jobClasses() map[string]job.Class {
 		string(dbus.OperationPrune):          job.ClassMaintenance,
 		string(dbus.OperationScan):           job.ClassMaintenance,
 		string(dbus.OperationInspect):        job.ClassMaintenance,
+		string(dbus.OperationRepair):         job.ClassMaintenance,
 		string(dbus.OperationCompress):       job.ClassCompression,
 		string(dbus.OperationValidate):       job.ClassValidation,
 	}

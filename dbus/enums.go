@@ -196,6 +196,7 @@ const (
 	OperationCheck          Operation = "check"
 	OperationCompress       Operation = "compress"
 	OperationValidate       Operation = "validate"
+	OperationRepair         Operation = "repair"
 	OperationGroup          Operation = "group"
 )
 
@@ -238,7 +239,9 @@ func (Compression) Values() []string { return []string{"none", "zlib", "zstd"} }
 func (ValidationResult) Values() []string { return []string{"valid", "not-valid", "unable"} }
 
 // Values returns what a ValidationVerdict can be.
-func (ValidationVerdict) Values() []string { return []string{"valid", "not-valid", "unable", "skipped"} }
+func (ValidationVerdict) Values() []string {
+	return []string{"valid", "not-valid", "unable", "skipped"}
+}
 
 // Values returns what a CompressionTime can be.
 func (CompressionTime) Values() []string { return []string{"inline", "deferred"} }
@@ -288,4 +291,5 @@ func (Overlap) Values() []string { return []string{"skip", "queue"} }
 // Values returns what an Operation can be.
 func (Operation) Values() []string {
 	return []string{"backup", "restore", "restore-in-place", "verify", "delete", "prune", "check", "scan", "inspect", "group", "compress", "validate"}
+	return []string{"backup", "restore", "restore-in-place", "verify", "delete", "prune", "check", "scan", "inspect", "group", "compress", "repair"}
 }

@@ -237,6 +237,15 @@ type BackupDisk struct {
 	Cause       string     `dbus:"cause"`
 }
 
+// BackupDamage is one of BackupProperties.Damage.
+type BackupDamage struct {
+	Target string `dbus:"target"`
+	Offset uint64 `dbus:"offset"`
+	Length uint64 `dbus:"length"`
+	Image  string `dbus:"image"`
+	Donor  string `dbus:"donor"`
+}
+
 // BackupProperties are those of org.virtbackup1.Backup.
 type BackupProperties struct {
 	ID               string           `dbus:"Id"`
@@ -272,6 +281,7 @@ type BackupProperties struct {
 	ValidationCause  string           `dbus:"ValidationCause"`
 	Validated        time.Time        `dbus:"Validated"`
 	Children         []string         `dbus:"Children"`
+	Damage           []BackupDamage   `dbus:"Damage"`
 	Disks            []BackupDisk     `dbus:"Disks"`
 }
 

@@ -120,7 +120,8 @@ func ofObjects() map[string]Action {
 		"org.virtbackup1.Backup.Hold":            ActionDelete,
 		"org.virtbackup1.Backup.Release":         ActionDelete,
 		"org.virtbackup1.Backup.Verify":          ActionVerify,
-		"org.virtbackup1.Backup.Validate":       ActionVerify,
+		"org.virtbackup1.Backup.Validate":        ActionVerify,
+		"org.virtbackup1.Backup.Repair":          ActionBackup,
 		"org.virtbackup1.Backup.Compress":        ActionBackup,
 		"org.virtbackup1.Backup.ListValidations": ActionView,
 		// What is on a guest's screen is the guest's, as what is in its disks.

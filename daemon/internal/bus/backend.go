@@ -133,6 +133,7 @@ type Backups interface {
 	ReleaseBackup(ctx context.Context, caller Caller, id string) error
 	VerifyBackup(ctx context.Context, caller Caller, id string) (job string, err error)
 	ValidateBackup(ctx context.Context, caller Caller, id string, o dbus.ValidateOptions) (job string, err error)
+	RepairBackup(ctx context.Context, caller Caller, id string, o dbus.RepairOptions) (job string, err error)
 	CompressBackup(ctx context.Context, caller Caller, id string, o dbus.CompressOptions) (job string, err error)
 	// BackupValidations returns the newest first. The limit is from 1 to 1000.
 	BackupValidations(ctx context.Context, id string, limit int) ([]dbus.ValidationRecord, error)

@@ -126,6 +126,7 @@ func objectParsers() map[string]parser {
 		"org.virtbackup1.Backup.Release":         change("release backup", Backend.ReleaseBackup),
 		"org.virtbackup1.Backup.Verify":          startJob("verify backup", Backend.VerifyBackup),
 		"org.virtbackup1.Backup.Validate":        jobOf("validate backup", Backend.ValidateBackup),
+		"org.virtbackup1.Backup.Repair":          jobOf("repair backup", Backend.RepairBackup),
 		"org.virtbackup1.Backup.Compress":        jobOf("compress backup", Backend.CompressBackup),
 		"org.virtbackup1.Backup.ListValidations": backupValidations,
 		"org.virtbackup1.Backup.ReadScreenshot":  readScreenshot,

@@ -138,6 +138,7 @@ func TestClientReachesEveryCallOfTheBackend(t *testing.T) {
 	}
 	job(c.VerifyBackup(ctx, backupID))
 	job(c.ValidateBackup(ctx, backupID, dbus.ValidateOptions{Steps: []string{"screenshot"}}))
+	job(c.RepairBackup(ctx, backupID, dbus.RepairOptions{DryRun: true}))
 	job(c.CompressBackup(ctx, backupID, dbus.CompressOptions{Compression: new(dbus.CompressionZstd)}))
 	job(c.RestoreBackup(ctx, backupID, "copy", dbus.RestoreOptions{Disks: []string{"vda"}}))
 	job(c.RestoreInPlace(ctx, backupID, dbus.RestoreInPlaceOptions{Start: true}))
@@ -151,6 +152,7 @@ func TestClientReachesEveryCallOfTheBackend(t *testing.T) {
 		"update S1 to [weekly]", "enable S1", "disable S1", "trigger S1 true", "remove schedule S1", "assign " + webUUID + " daily", "unassign " + webUUID,
 		"back up " + webUUID + ` offering="" repository="tape" full=true`, "finish " + webUUID, "override " + webUUID + " 4 of full, unset [threads]", "delete backups of " + webUUID + " true", "verify chain C1", "delete chain C1 true",
 		"delete " + backupID + " true", "verify " + backupID, "validate " + backupID + " by [screenshot]", "compress " + backupID + " by zstd", "restore " + backupID + " as copy [vda]",
+		"delete " + backupID + " true", "verify " + backupID, "repair " + backupID + " by true", "compress " + backupID + " by zstd", "restore " + backupID + " as copy [vda]",
 		"restore " + backupID + " in place true", "cancel " + jobID,
 		"back up [" + mailUUID + " " + webUUID + "] sequential=true priority=99", "retry " + jobID, "inhibit [backup]: apt: an upgrade",
 	}
@@ -202,7 +204,7 @@ func TestClientReadsWhatTheBackendSays(t *testing.T) {
 	}
 	backup, err := dbus.Get[dbus.BackupProperties](ctx, c, backupID)
 	want := m.objects[dbus.Ref{Kind: dbus.KindBackup, ID: backupID}].(dbus.BackupProperties)
-	want.Causes, want.Children = []string{}, []string{}
+	want.Causes, want.Children, want.Damage = []string{}, []string{}, []dbus.BackupDamage{}
 	if diff := cmp.Diff(want, backup); diff != "" || err != nil {
 		t.Error(diff, err)
 	}

@@ -44,13 +44,25 @@ type Compressed struct {
 // smaller. ErrState: it is not complete.
 func (c *Catalog) CompressedBackup(ctx context.Context, done Compressed) error {
 	return c.write(ctx, "record that backup "+done.Backup+" is compressed", func(tx *sql.Tx) error {
-		if err := updateImages(ctx, tx, done.Backup, done.Images); err != nil {
+		if err := rewritten(ctx, tx, done); err != nil {
 			return err
 		}
-		return setCompression(ctx, tx, done.Backup, `compression_state = 'done', compression_error = '', manifest = ?2,
-			stored_bytes = (SELECT sum(stored_bytes) FROM images WHERE backup = ?1), data_bytes = (SELECT sum(data_bytes) FROM images WHERE backup = ?1)`,
-			string(done.Manifest))
+		return setCompression(ctx, tx, done.Backup, "compression_state = ?2, compression_error = ''", CompressionDone)
 	})
+}
+
+// RewrittenBackup records that images of a backup were written anew, and hold the
+// same. ErrState: it is not committed, or being deleted.
+func (c *Catalog) RewrittenBackup(ctx context.Context, done Compressed) error {
+	return c.write(ctx, "record that backup "+done.Backup+" was written anew", func(tx *sql.Tx) error { return rewritten(ctx, tx, done) })
+}
+
+func rewritten(ctx context.Context, tx *sql.Tx, done Compressed) error {
+	if err := updateImages(ctx, tx, done.Backup, done.Images); err != nil {
+		return err
+	}
+	return setCompression(ctx, tx, done.Backup, `manifest = ?2, stored_bytes = (SELECT sum(stored_bytes) FROM images WHERE backup = ?1),
+		data_bytes = (SELECT sum(data_bytes) FROM images WHERE backup = ?1)`, string(done.Manifest))
 }
 
 // CompressionFailed records why a backup is not compressed. ErrState: it is not complete.

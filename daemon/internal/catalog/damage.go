@@ -51,8 +51,8 @@ func (c *Catalog) RecordDamage(ctx context.Context, id, message string, parts []
 		}
 		for _, p := range parts {
 			// One that was hit may just have been deleted.
-			_, err := tx.ExecContext(ctx, "INSERT OR REPLACE INTO damage SELECT id, ?2, ?3, ?4, ?5, ?6 FROM backups WHERE id = ?1 AND state <> 'running'",
-				p.Backup, p.Target, p.Offset, p.Length, id, p.Donor)
+			_, err := tx.ExecContext(ctx, "INSERT OR REPLACE INTO damage SELECT id, ?2, ?3, ?4, ?5, ?6 FROM backups WHERE id = ?1 AND chain = ?7 AND state <> 'running'",
+				p.Backup, p.Target, p.Offset, p.Length, id, p.Donor, b.Chain)
 			if err != nil {
 				return err
 			}

@@ -54,6 +54,7 @@ type found struct {
 	known      map[string]chain.BackupState
 	settled    map[string]bool        // was complete before the worker looked, and is
 	backups    []transfer.BackupState // what others build on comes before them
+	hit        []transfer.Hit
 }
 
 const stepLooking = "looking"
@@ -90,7 +91,7 @@ func look(ctx context.Context, h *job.Handle, c *catalog.Catalog, e errand.Sende
 	if err != nil {
 		return f, err
 	}
-	f.backups = result.Backups
+	f.backups, f.hit = result.Backups, result.Hit
 	// Parents are older, and ids ascend with time.
 	slices.SortFunc(f.backups, func(a, b transfer.BackupState) int { return strings.Compare(a.Backup, b.Backup) })
 	if f.known, err = c.KnownBackups(ctx, f.repository.ID); err != nil {
@@ -263,7 +264,7 @@ func (k Inspect) Run(ctx context.Context, h *job.Handle) error {
 	}
 	recording := context.WithoutCancel(ctx)
 	there := map[string]bool{}
-	bad, unknown, now := []string{}, 0, time.Now()
+	bad, unknown := []string{}, 0
 	for _, b := range f.backups {
 		there[b.Backup] = true
 		_, known := f.known[b.Backup]
@@ -276,8 +277,11 @@ func (k Inspect) Run(ctx context.Context, h *job.Handle) error {
 		case b.Pin != "": // not one that is trusted, or it would have none
 			bad = append(bad, b.Backup)
 			err = k.damaged(recording, h, b.Backup, "its manifest is not the one that was trusted")
-		case b.Error == nil && f.request.Depth == transfer.DepthDigests:
-			err = k.Catalog.VerifiedBackup(recording, b.Backup, now)
+		case f.request.Depth == transfer.DepthDigests && (b.Error == nil || len(b.Damage) > 0):
+			if b.Error != nil {
+				bad = append(bad, b.Backup)
+			}
+			err = verification.Record(recording, k.Catalog, h, &transfer.Result{Backups: []transfer.BackupState{b}, Hit: f.hit})
 		case b.Error != nil && verification.Damage(b.Error.Class):
 			bad = append(bad, b.Backup)
 			err = k.damaged(recording, h, b.Backup, b.Error.Message)

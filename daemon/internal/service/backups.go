@@ -13,6 +13,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
 	"github.com/virtbackup/virtbackup/daemon/internal/removal"
+	"github.com/virtbackup/virtbackup/daemon/internal/repair"
 	"github.com/virtbackup/virtbackup/daemon/internal/restore"
 	"github.com/virtbackup/virtbackup/daemon/internal/verification"
 	"github.com/virtbackup/virtbackup/dbus"
@@ -49,6 +50,20 @@ func (s *Service) verify(ctx context.Context, caller bus.Caller, b catalog.Backu
 	return s.start(ctx, job.Request{
 		Kind: string(dbus.OperationVerify), Domain: b.Domain, Repository: b.Repository, Backup: b.ID, UID: caller.UID,
 		Spec: verification.Request{Backups: ids},
+	})
+}
+
+// RepairBackup repairs a damaged backup.
+func (s *Service) RepairBackup(ctx context.Context, caller bus.Caller, id string, o dbus.RepairOptions) (string, error) {
+	b, err := s.Catalog.Backup(ctx, id)
+	if err != nil {
+		return "", failure.Named(err)
+	}
+	if b.Pin != "" {
+		return "", dbus.Errorf(dbus.ErrUnsupported, "backup %s was made by another host: only that one repairs it", id)
+	}
+	return s.start(ctx, job.Request{
+		Kind: string(dbus.OperationRepair), Domain: b.Domain, Repository: b.Repository, Backup: b.ID, UID: caller.UID, Spec: repair.Request{DryRun: o.DryRun},
 	})
 }
 

@@ -175,6 +175,15 @@ func (n *names) backup(ctx context.Context, b catalog.Backup, children []string)
 			p.Causes = append(p.Causes, i.Target+": "+string(i.Cause))
 		}
 	}
+	if b.State == chain.Damaged {
+		damage, err := n.service.Catalog.Damage(ctx, b.ID)
+		if err != nil {
+			return p, err
+		}
+		for _, d := range damage {
+			p.Damage = append(p.Damage, dbus.BackupDamage{Target: d.Target, Offset: d.Offset, Length: d.Length, Image: d.Image, Donor: d.Donor})
+		}
+	}
 	if b.Manifest != nil {
 		var m struct{ Host, Version string } // of repository.Manifest
 		if err := json.Unmarshal(b.Manifest, &m); err != nil {

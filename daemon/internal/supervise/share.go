@@ -45,7 +45,7 @@ func (s *Supervisor) working() (all []atWork, err error) {
 // shares tells whether a worker moves so much that it has to share.
 func shares(s transfer.Spec) bool {
 	switch s.Operation {
-	case transfer.OperationBackup, transfer.OperationMerge, transfer.OperationCompress:
+	case transfer.OperationBackup, transfer.OperationMerge, transfer.OperationCompress, transfer.OperationRepair:
 		return true
 	}
 	return s.Most > 0

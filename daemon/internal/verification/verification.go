@@ -9,6 +9,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
@@ -51,7 +53,7 @@ func (k Verify) Run(ctx context.Context, h *job.Handle) error {
 	if result == nil {
 		return err
 	}
-	if recorded := k.record(context.WithoutCancel(ctx), h, result.Backups); recorded != nil {
+	if recorded := Record(context.WithoutCancel(ctx), k.Catalog, h, result); recorded != nil {
 		return errors.Join(err, recorded)
 	}
 	if err != nil {
@@ -78,21 +80,34 @@ func verdict(repository string, found []transfer.BackupState) error {
 			name, first = dbus.ErrDamaged, b
 		}
 	}
-	return failure.Errorf(name, "%d of %d backups in repository %q cannot be trusted, as %s: %s: make a new full backup",
-		len(bad), len(found), repository, first.Backup, first.Error.Message)
+	help := "make a new full backup"
+	if repairable(first) {
+		help = "it can be repaired: virtbackupctl repair " + first.Backup
+	}
+	return failure.Errorf(name, "%d of %d backups in repository %q cannot be trusted, as %s: %s: %s",
+		len(bad), len(found), repository, first.Backup, first.Error.Message, help)
 }
 
-func (k Verify) record(ctx context.Context, h *job.Handle, found []transfer.BackupState) error {
+// repairable tells whether all that is damaged of a backup is held elsewhere.
+func repairable(b transfer.BackupState) bool {
+	return len(b.Damage) > 0 && !slices.ContainsFunc(b.Damage, func(f transfer.Flaw) bool { return f.Donor == "" })
+}
+
+// Record records what a worker found of backups that it read back: what is good,
+// what is damaged, and what that does to others.
+func Record(ctx context.Context, c *catalog.Catalog, h *job.Handle, found *transfer.Result) error {
 	now := time.Now()
-	for _, b := range found {
+	for _, b := range found.Backups {
 		var err error
 		switch {
+		case b.Unseen && b.Error == nil: // it is as what it builds on
 		case b.Error == nil:
-			err = k.Catalog.VerifiedBackup(ctx, b.Backup, now)
+			err = c.VerifiedBackup(ctx, b.Backup, now)
 		case Damage(b.Error.Class):
-			h.Log(ctx, slog.LevelError, fmt.Sprintf("backup %s is %s: %s", b.Backup, word(b.Error.Class), b.Error.Message),
+			parts := damageOf(b, found.Hit)
+			h.Log(ctx, slog.LevelError, fmt.Sprintf("backup %s is %s: %s%s", b.Backup, word(b.Error.Class), b.Error.Message, consequences(b, parts)),
 				journal.MessageID, journal.BackupDamaged, "damaged", b.Backup, "detail", b.Error.Message)
-			err = k.Catalog.DamagedBackup(ctx, b.Backup, b.Error.Message)
+			err = c.RecordDamage(ctx, b.Backup, b.Error.Message, parts)
 		}
 		// One whose deletion was cut short may well be missing.
 		if err != nil && !errors.Is(err, catalog.ErrNotFound) && !errors.Is(err, catalog.ErrState) {
@@ -100,6 +115,36 @@ func (k Verify) record(ctx context.Context, h *job.Handle, found []transfer.Back
 		}
 	}
 	return nil
+}
+
+// damageOf returns what is damaged in a backup, and in others by it.
+func damageOf(b transfer.BackupState, hits []transfer.Hit) (parts []catalog.Damage) {
+	for _, f := range b.Damage {
+		parts = append(parts, catalog.Damage{Backup: b.Backup, Target: f.Target, Offset: f.Offset, Length: f.Length, Image: b.Backup, Donor: f.Donor})
+	}
+	for _, hit := range hits {
+		if hit.Image == b.Backup {
+			parts = append(parts, catalog.Damage{Backup: hit.Backup, Target: hit.Target, Offset: hit.Offset, Length: hit.Length, Image: b.Backup})
+		}
+	}
+	return parts
+}
+
+// consequences says to people who is hit as well, and what can be done.
+func consequences(b transfer.BackupState, parts []catalog.Damage) (text string) {
+	var others []string
+	for _, p := range parts {
+		if name := p.Backup + " (" + p.Target + ")"; p.Backup != b.Backup && !slices.Contains(others, name) {
+			others = append(others, name)
+		}
+	}
+	if len(others) > 0 {
+		text = "; it is seen in " + strings.Join(others, ", ")
+	}
+	if repairable(b) {
+		text += fmt.Sprintf("; backup %s holds the same: virtbackupctl repair %s", b.Damage[0].Donor, b.Backup)
+	}
+	return text
 }
 
 // word says to people what is wrong with a backup.
@@ -115,6 +160,9 @@ func word(c transfer.Class) string {
 func Damage(c transfer.Class) bool {
 	return c == transfer.ClassVerification || c == transfer.ClassManifest || c == transfer.ClassParent || c == transfer.ClassMissing
 }
+
+// Yields makes it a job.Yielder: what nobody has asked for can wait.
+func (Verify) Yields(j catalog.Job) bool { return j.Origin == catalog.OriginSystem }
 
 // Undo has nothing to undo.
 func (Verify) Undo(context.Context, *job.Handle) error { return nil }

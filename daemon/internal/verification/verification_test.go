@@ -103,11 +103,11 @@ func TestCheckSparesLiveJobs(t *testing.T) {
 // recording is a job that records what a worker found.
 type recording struct {
 	Verify
-	found []transfer.BackupState
+	found *transfer.Result
 }
 
 func (r recording) Run(ctx context.Context, h *job.Handle) error {
-	return errors.Join(r.record(ctx, h, r.found), verdict("nas", r.found))
+	return errors.Join(Record(ctx, r.Catalog, h, r.found), verdict("nas", r.found.Backups))
 }
 
 // TestMissingBackupIsRecorded verifies a chain that is not in the repository.
@@ -120,7 +120,7 @@ func TestMissingBackupIsRecorded(t *testing.T) {
 	h.work(transfer.Spec{Operation: transfer.OperationInit, Job: ulid.Make().String()})
 	found := h.work(transfer.Spec{
 		Operation: transfer.OperationVerify, Job: ulid.Make().String(), Domain: testDomain, Backups: []string{full, increment, goes},
-	}).Backups
+	})
 	e := job.New(h.catalog, map[string]job.Kind{"verify": recording{Verify{Catalog: h.catalog}, found}},
 		job.Options{Logger: slog.New(slog.DiscardHandler), KeepFor: time.Hour, KeepMost: 100})
 	h.must(e.Start(t.Context()))

@@ -41,8 +41,7 @@ func newRoot(a *app) *cobra.Command {
 	f.BoolVar(&a.noBlock, "no-block", false, "print the ids of the jobs that are started, and do not follow them")
 	root.AddGroup(&cobra.Group{ID: "daily", Title: "Daily:"}, &cobra.Group{ID: "set-up", Title: "Set-up:"})
 	for _, cmd := range []*cobra.Command{
-		a.statusCommand(), a.backupCommand(), a.listCommand(), a.showCommand(), a.restoreCommand(), a.verifyCommand(), a.validateCommand(), a.compressCommand(),
-		a.statusCommand(), a.backupCommand(), a.listCommand(), a.showCommand(), a.restoreCommand(), a.verifyCommand(), a.compressCommand(), a.repairCommand(),
+		a.statusCommand(), a.backupCommand(), a.listCommand(), a.showCommand(), a.restoreCommand(), a.verifyCommand(), a.validateCommand(), a.compressCommand(), a.repairCommand(),
 		a.deleteCommand(), a.pruneCommand(), a.holdCommand(), a.releaseCommand(), a.finishChainCommand(), a.jobsCommand(), a.watchCommand(), a.cancelCommand(), a.retryCommand(), a.inhibitCommand(),
 		a.usageCommand(),
 	} {

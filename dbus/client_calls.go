@@ -323,6 +323,8 @@ func (c *Client) VerifyBackup(ctx context.Context, id string) (job string, err e
 // ValidateBackup tries a backup by starting it.
 func (c *Client) ValidateBackup(ctx context.Context, id string, o ValidateOptions) (job string, err error) {
 	return c.job(ctx, Ref{KindBackup, id}, "Validate", EncodeOptions(o))
+}
+
 // RepairBackup repairs a damaged backup with what others hold of the same.
 func (c *Client) RepairBackup(ctx context.Context, id string, o RepairOptions) (job string, err error) {
 	return c.job(ctx, Ref{KindBackup, id}, "Repair", EncodeOptions(o))

@@ -63,7 +63,8 @@ func TestRecordsRoundTrip(t *testing.T) {
 	want := BackupProperties{
 		ID: "01JD8Q4M6Z3V5W7X9YABCDEFGH", Kind: KindIncremental, Isolated: true, SizeBytes: math.MaxUint64,
 		Created: time.UnixMicro(1_700_000_000_123_456), Causes: []string{"disk attached"},
-		Disks: []BackupDisk{{Target: "vda", Size: 512, Tracking: TrackingCBT}, {Target: "vdb"}},
+		Damage: []BackupDamage{{Target: "vda", Offset: 65536, Length: 65536, Image: "01"}},
+		Disks:  []BackupDisk{{Target: "vda", Size: 512, Tracking: TrackingCBT}, {Target: "vdb"}},
 	}
 	encoded := EncodeRecord(want)
 	encoded["FromTheFuture"] = godbus.MakeVariant("x")

@@ -290,6 +290,5 @@ func (Overlap) Values() []string { return []string{"skip", "queue"} }
 
 // Values returns what an Operation can be.
 func (Operation) Values() []string {
-	return []string{"backup", "restore", "restore-in-place", "verify", "delete", "prune", "check", "scan", "inspect", "group", "compress", "validate"}
-	return []string{"backup", "restore", "restore-in-place", "verify", "delete", "prune", "check", "scan", "inspect", "group", "compress", "repair"}
+	return []string{"backup", "restore", "restore-in-place", "verify", "delete", "prune", "check", "scan", "inspect", "group", "compress", "validate", "repair"}
 }

@@ -216,6 +216,8 @@ type DeleteChainOptions struct {
 type ValidateOptions struct {
 	// Steps are tried in place of those that are set.
 	Steps []string `dbus:"steps"`
+}
+
 // RepairOptions are those of Backup.Repair.
 type RepairOptions struct {
 	// DryRun only tells what could be repaired.

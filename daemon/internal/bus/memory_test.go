@@ -289,6 +289,8 @@ func (m *memory) VerifyBackup(_ context.Context, c Caller, id string) (string, e
 
 func (m *memory) ValidateBackup(_ context.Context, c Caller, id string, o dbus.ValidateOptions) (string, error) {
 	return jobID, m.note(c, "validate %s by %v", id, o.Steps)
+}
+
 func (m *memory) RepairBackup(_ context.Context, c Caller, id string, o dbus.RepairOptions) (string, error) {
 	return jobID, m.note(c, "repair %s by %t", id, o.DryRun)
 }

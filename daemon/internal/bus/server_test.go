@@ -151,8 +151,7 @@ func TestClientReachesEveryCallOfTheBackend(t *testing.T) {
 		"remove repository R1", "update O1 to tape", "remove offering O1 true", "create schedule gold [daily Mon] for weekly",
 		"update S1 to [weekly]", "enable S1", "disable S1", "trigger S1 true", "remove schedule S1", "assign " + webUUID + " daily", "unassign " + webUUID,
 		"back up " + webUUID + ` offering="" repository="tape" full=true`, "finish " + webUUID, "override " + webUUID + " 4 of full, unset [threads]", "delete backups of " + webUUID + " true", "verify chain C1", "delete chain C1 true",
-		"delete " + backupID + " true", "verify " + backupID, "validate " + backupID + " by [screenshot]", "compress " + backupID + " by zstd", "restore " + backupID + " as copy [vda]",
-		"delete " + backupID + " true", "verify " + backupID, "repair " + backupID + " by true", "compress " + backupID + " by zstd", "restore " + backupID + " as copy [vda]",
+		"delete " + backupID + " true", "verify " + backupID, "validate " + backupID + " by [screenshot]", "repair " + backupID + " by true", "compress " + backupID + " by zstd", "restore " + backupID + " as copy [vda]",
 		"restore " + backupID + " in place true", "cancel " + jobID,
 		"back up [" + mailUUID + " " + webUUID + "] sequential=true priority=99", "retry " + jobID, "inhibit [backup]: apt: an upgrade",
 	}

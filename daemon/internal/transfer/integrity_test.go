@@ -105,7 +105,7 @@ func TestVerifySaysWhereAndWhoIsHit(t *testing.T) {
 				ids = append(ids, p.id)
 			}
 			flipped := 0
-			for range 6 {
+			for range 4 {
 				in, target := h.points[h.IntN(len(h.points))], h.disks[h.IntN(3)].target
 				clusters := h.plainClusters(in, target)
 				if len(clusters) == 0 {

@@ -53,7 +53,7 @@ func TestRepair(t *testing.T) {
 			t.Parallel()
 			h, all := twice(t, seed+uint64(i), compression)
 			repaired := 0
-			for range 10 {
+			for range 5 {
 				p := all[h.IntN(3)]
 				name := h.image(p.id, h.disks[h.IntN(2)].target)
 				good, err := os.ReadFile(name)

@@ -59,21 +59,13 @@ func (a *app) jobsCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		host := ""
-		if filter.Operation != nil && a.json == jsonOff {
-			m, err := dbus.Get[dbus.ManagerProperties](ctx, c, "")
-			if err != nil {
-				return err
-			}
-			host = m.Host
+		table, err := a.jobTable(ctx, c, filter)
+		if err != nil {
+			return err
 		}
 		return a.show(jobs, func(p *page) {
 			if len(jobs) > 0 {
-				if filter.Operation != nil {
-					typeTable(p, jobs, host)
-				} else {
-					jobTable(p, jobs)
-				}
+				table(p, jobs)
 				limit.hint(p, len(jobs))
 			} else if p.legend && all {
 				p.line("No jobs.")
@@ -83,6 +75,15 @@ func (a *app) jobsCommand() *cobra.Command {
 		})
 	})
 	return cmd
+}
+
+// jobTable is the table for what is listed: of one kind, it tells more.
+func (a *app) jobTable(ctx context.Context, c *dbus.Client, f dbus.JobFilter) (func(*page, []dbus.JobProperties), error) {
+	if f.Operation == nil || a.json != jsonOff {
+		return jobTable, nil
+	}
+	m, err := dbus.Get[dbus.ManagerProperties](ctx, c, "")
+	return func(p *page, jobs []dbus.JobProperties) { typeTable(p, jobs, m.Host) }, err
 }
 
 // jobType is what kind of job is listed, also by the name of the service that it is of.

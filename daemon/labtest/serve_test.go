@@ -162,7 +162,7 @@ func (s *server) nothingServed() error {
 	}
 	for _, directory := range []string{s.sockets, s.sender.Supervisor.Directory} {
 		if left, err := os.ReadDir(directory); err != nil || len(left) > 0 {
-			return fmt.Errorf("%s: %v, %v is left", directory, err, left)
+			return fmt.Errorf("%s: %w, %v is left", directory, err, left)
 		}
 	}
 	return err

@@ -54,7 +54,7 @@ func (w *worker) serve(ctx context.Context) (err error) {
 	}
 	if err := w.status.enter(PhaseServing); err != nil {
 		for _, l := range listeners {
-			l.Close()
+			_ = l.Close()
 		}
 		return err
 	}
@@ -137,7 +137,7 @@ func (w *worker) listen() (listeners []net.Listener, err error) {
 	defer func() {
 		if err != nil {
 			for _, l := range listeners {
-				l.Close()
+				_ = l.Close()
 			}
 		}
 	}()
@@ -182,7 +182,7 @@ func listenAt(path string, owner Owner) (net.Listener, error) {
 		err = os.Lchown(path, orKeep(owner.UID), orKeep(owner.GID))
 	}
 	if err != nil {
-		l.Close()
+		_ = l.Close()
 		return nil, err
 	}
 	return l, nil

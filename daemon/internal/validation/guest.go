@@ -7,9 +7,11 @@ import (
 	"sync"
 	"time"
 
-	"github.com/virtbackup/virtbackup/daemon/internal/errand"
+	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
+	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
 	"github.com/virtbackup/virtbackup/daemon/internal/validation/step"
+	"github.com/virtbackup/virtbackup/dbus"
 )
 
 const (
@@ -18,6 +20,8 @@ const (
 	// pendingLimit is how long the repository may take to answer a request of the
 	// guest's before the guest is excused.
 	pendingLimit = 5 * time.Second
+	// watchEvery is how often that is looked at; the worker tells twice a second.
+	watchEvery = 500 * time.Millisecond
 	// stateLimit bounds a question to libvirt.
 	stateLimit = 15 * time.Second
 	// settle is how long an event may come after what it tells of.
@@ -27,31 +31,107 @@ const (
 // guest is the temporary domain, as the steps see it.
 type guest struct {
 	hypervisor Hypervisor
-	serving    *errand.Serving
+	serving    server
 	uuid       string
 	limit      time.Duration // of a question to the agent
 
 	mu      sync.Mutex
 	stopped string // how it ended, as libvirt names it; "" while it runs, or if nobody saw
+	impeded error  // what on the host kept it from going on, at any time
+}
+
+// server is whoever serves its disks.
+type server interface {
+	Done() <-chan struct{}
+	Status() (transfer.Status, error)
 }
 
 var _ step.Guest = (*guest)(nil)
 
-// newGuest watches the domain until ctx ends. It is called before the start.
-func (t *trial) newGuest(ctx context.Context, serving *errand.Serving) *guest {
+// newGuest watches the domain until ctx ends; end is called with the reason when
+// it is of no use to go on. It is called before the start.
+func (t *trial) newGuest(ctx context.Context, serving server, end context.CancelCauseFunc) *guest {
 	g := &guest{hypervisor: t.Hypervisor, serving: serving, uuid: t.uuid, limit: t.settings.CommandTimeout}
-	events := t.Hypervisor.Subscribe(ctx)
-	go func() {
-		for e := range events {
-			if e.UUID == g.uuid && e.Kind == hypervisor.EventLifecycle && e.Action == "stopped" {
-				g.mu.Lock()
-				g.stopped = e.Detail
-				g.mu.Unlock()
-			}
-		}
-	}()
+	go g.watch(ctx, end)
+	go g.listen(t.Hypervisor.Subscribe(ctx), end)
 	return g
 }
+
+// watch looks whether its disks are served. A guest that had to wait is excused
+// for what it does not do later: it may still be late then.
+func (g *guest) watch(ctx context.Context, end context.CancelCauseFunc) {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-g.serving.Done():
+			end(g.impede(errServer))
+			return
+		case <-tick.C:
+			status, err := g.serving.Status()
+			switch {
+			case err != nil: // it says nothing: Done does
+			case refused(status) != nil:
+				end(g.impede(refused(status)))
+				return
+			case waits(status) != nil:
+				g.impede(waits(status))
+			}
+		}
+	}
+}
+
+func (g *guest) listen(events <-chan hypervisor.Event, end context.CancelCauseFunc) {
+	for e := range events {
+		switch {
+		case e.UUID != g.uuid || e.Kind != hypervisor.EventLifecycle:
+		case e.Action == "stopped":
+			g.mu.Lock()
+			g.stopped = e.Detail
+			g.mu.Unlock()
+		case e.Action == "suspended" && e.Detail == hypervisor.ReasonIOError:
+			end(g.impede(errPaused))
+		}
+	}
+}
+
+// impede notes what keeps the guest from going on; the first reason stays.
+func (g *guest) impede(err error) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.impeded == nil {
+		g.impeded = err
+	}
+	return g.impeded
+}
+
+// waits says which disk's reads the repository does not answer.
+func waits(s transfer.Status) error {
+	for _, d := range s.Disks {
+		if time.Duration(d.Pending)*time.Microsecond > pendingLimit {
+			return failure.Errorf(dbus.ErrRepositoryUnavailable, "the repository does not answer what the guest reads of disk %s", d.Target)
+		}
+	}
+	return nil
+}
+
+// refused says which disk's reads the repository gave no answer to, so that the
+// guest got an error: nothing that it does since says anything of the backup.
+func refused(s transfer.Status) error {
+	for _, d := range s.Disks {
+		if d.Refused > 0 {
+			return failure.Errorf(dbus.ErrRepositoryUnavailable, "the repository gave no answer to what the guest read of disk %s", d.Target)
+		}
+	}
+	return nil
+}
+
+var (
+	errServer = failure.Errorf(dbus.ErrUnable, "the worker that serves its disks has ended")
+	errPaused = failure.Errorf(dbus.ErrUnable, "QEMU has paused the guest, as it cannot write to an overlay: is there space for it?")
+)
 
 // meant tells a step what an error means.
 func meant(err error) error {
@@ -114,19 +194,20 @@ func (g *guest) Screenshot(ctx context.Context) ([]byte, error) {
 
 // Impeded says what on the host keeps the guest from going on.
 func (g *guest) Impeded(ctx context.Context) error {
+	g.mu.Lock()
+	impeded := g.impeded
+	g.mu.Unlock()
+	if impeded != nil {
+		return impeded
+	}
 	select {
 	case <-g.serving.Done():
 		return errServer
 	default:
 	}
-	if status, err := g.serving.Status(); err != nil {
+	status, err := g.serving.Status()
+	if err := errors.Join(err, refused(status), waits(status)); err != nil {
 		return err
-	} else {
-		for _, d := range status.Disks {
-			if d.Refused > 0 || time.Duration(d.Pending)*time.Microsecond > pendingLimit {
-				return fmt.Errorf("the repository does not answer what the guest reads of disk %s", d.Target)
-			}
-		}
 	}
 	within, cancel := context.WithTimeout(ctx, stateLimit)
 	defer cancel()
@@ -137,7 +218,7 @@ func (g *guest) Impeded(ctx context.Context) error {
 	case err != nil:
 		return err
 	case state == hypervisor.StatePaused && reason == hypervisor.ReasonIOError:
-		return errors.New("QEMU has paused the guest, as it cannot write to an overlay: is there space for it?")
+		return errPaused
 	case state == hypervisor.StatePaused:
 		return fmt.Errorf("the guest is paused (%s)", reason)
 	}

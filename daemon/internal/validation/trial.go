@@ -153,7 +153,9 @@ func (t *trial) serve(ctx context.Context) (report step.Report, err error) {
 	if found.Step == stepRead {
 		return found, recorded
 	}
-	return report, errors.Join(err, recorded)
+	// A guest that got no answer from the repository ran on something else than
+	// the backup: whatever the steps found says nothing.
+	return report, errors.Join(err, recorded, stopped)
 }
 
 // guest starts the domain and lets the steps try it.
@@ -172,14 +174,7 @@ func (t *trial) guest(ctx context.Context, serving *errand.Serving, uid, gid int
 	}
 	watched, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	g := t.newGuest(watched, serving)
-	go func() {
-		select {
-		case <-serving.Done():
-			cancel(errServer)
-		case <-watched.Done():
-		}
-	}()
+	g := t.newGuest(watched, serving, cancel)
 	starting, done := context.WithTimeout(watched, startLimit)
 	err = t.Hypervisor.StartValidation(starting, definition)
 	done()
@@ -194,8 +189,6 @@ func (t *trial) guest(ctx context.Context, serving *errand.Serving, uid, gid int
 	return step.Run(watched, g, steps, t.job.Waits)
 }
 
-var errServer = errors.New("the worker that serves its disks has ended")
-
 // definition is that of the temporary domain.
 func (t *trial) definition(ctx context.Context) (string, error) {
 	document, err := os.ReadFile(filepath.Join(t.directory, definitionName))
@@ -209,9 +202,7 @@ func (t *trial) definition(ctx context.Context) (string, error) {
 	for _, d := range t.manifest.Disks {
 		v.Disks[d.Target] = hypervisor.ValidationDisk{Overlay: t.overlay(d.Target), Socket: t.socket(d.Target)}
 	}
-	if t.has(nvramName) {
-		v.NVRAM = filepath.Join(t.directory, nvramName)
-	}
+	v.NVRAM = filepath.Join(t.directory, nvramName) // where libvirt makes one if the backup has none
 	// What the domain itself boots from is no secret to its backup.
 	if d, err := t.Hypervisor.ByUUID(ctx, t.backup.Domain); err == nil {
 		v.BootFiles = d.BootFiles

@@ -157,7 +157,7 @@ func (k *Kind) Run(ctx context.Context, h *job.Handle) error {
 	case report.Verdict == step.NotValid:
 		return failure.Errorf(dbus.ErrNotValid, "backup %s is not valid: %s", b.ID, said(report))
 	case err != nil:
-		return failure.Named(err)
+		return prevented(err)
 	case report.Verdict != step.Valid:
 		return failure.Errorf(dbus.ErrUnable, "cannot tell whether backup %s is valid: %s", b.ID, said(report))
 	}
@@ -171,6 +171,16 @@ func unable(err error) step.Report {
 		return step.Report{Verdict: step.NotValid, Step: stepRead, Cause: err.Error()}
 	}
 	return step.Report{Verdict: step.Unable, Cause: err.Error()}
+}
+
+// prevented names what kept a backup from being tried. What has no name is of this
+// host at this moment, as a libvirt that is restarted: another try may go well.
+func prevented(err error) error {
+	var named *failure.Error
+	if err = failure.Named(err); errors.As(err, &named) {
+		return err
+	}
+	return failure.Errorf(dbus.ErrUnable, "%w", err)
 }
 
 // said says what decided a report.

@@ -1,0 +1,286 @@
+//go:build lab
+
+package labtest
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/virtbackup/virtbackup/dbus"
+)
+
+const validationDirectory = "/var/lib/virtbackup/validation"
+
+// validationSteps are those of a validation, in their order. "scratch" is where
+// the overlays are.
+var validationSteps = []step{
+	{name: "opening", in: theWorker, op: "read", path: `/domain\.xml$`},
+	{name: "preparing", in: theDaemon, scratch: true, op: "create", path: `^` + ulid + `/vda\.qcow2$`},
+	{name: "starting", in: qemu, scratch: true, op: "open", path: `^` + ulid + `/vda\.qcow2$`},
+	{name: "running", in: qemu, scratch: true, op: "write", path: `^` + ulid + `/vda\.qcow2$`},
+	{name: "ending", in: theDaemon, scratch: true, op: "unlink", path: `^` + ulid + `/vda\.qcow2$`},
+}
+
+// validationFaults are what comes at each step, and those at which it comes
+// unless TEST_FAULTS is "all".
+var validationFaults = []struct {
+	fault
+	at []string
+}{
+	{fault{"daemon-kill", (*killer).killDaemon, (*killer).awaitDaemon, []string{theDaemon}, succeeds}, []string{"preparing", "running"}},
+	{fault{"worker-kill", (*killer).killWorker, nil, nil, nil}, []string{"opening", "running"}},
+	{fault{"cancel", (*killer).cancel, nil, nil, nil}, []string{"starting", "running"}},
+	{fault{"qemu-kill", (*killer).killValidation, nil, nil, nil}, []string{"running"}},
+	{fault{"destroy", (*killer).destroyValidation, nil, nil, nil}, nil},
+	{fault{"libvirtd-restart", (*killer).restartLibvirtd, (*killer).awaitLibvirtd, []string{qemu}, nil}, []string{"starting", "running"}},
+}
+
+// validationName is the temporary domain of a job.
+func validationName(job string) string { return "virtbackup-validation-" + strings.ToLower(job) }
+
+// killValidation kills the QEMU of a job's temporary domain.
+func (k *killer) killValidation(job string) {
+	pid, err := os.ReadFile(filepath.Join("/run/libvirt/qemu", validationName(job)+".pid"))
+	if err != nil {
+		k.t.Error(err)
+	}
+	command(k.t, "", "kill", "-KILL", strings.TrimSpace(string(pid)))
+}
+
+// destroyValidation has an admin take it for something left over.
+func (k *killer) destroyValidation(job string) {
+	killed := make(chan struct{})
+	go func() { // it waits for QEMU
+		defer close(killed)
+		_, _ = tryVirsh("destroy", validationName(job))
+	}()
+	k.t.Cleanup(func() { <-killed })
+}
+
+// newValidationKiller has a chain of two backups, of a domain that is off since.
+func newValidationKiller(t *testing.T) (*killer, dbus.BackupProperties, snapshot) {
+	k := &killer{t: t, storage: mountRepository(t)}
+	if err := os.MkdirAll(validationDirectory, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	directory := fresh(t, "/var/tmp")
+	if err := os.Chmod(directory, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	k.scratch = mountFaults(t, directory, validationDirectory)
+	k.host = newHostAt(t, k.storage.point)
+	k.g = newGuest(t, "qcow2:32M:fs")
+	k.backup(k.g, dbus.BackupOptions{})
+	k.g.run("sh", "-c", "echo hello >/mnt/vda/hello && sync")
+	b := k.backup(k.g, dbus.BackupOptions{})
+	held := k.g.snapshot()
+	command(t, "", "virsh", "-q", "destroy", k.g.name)
+	return k, b, held
+}
+
+// startValidation starts to try a backup by waiting for its agent.
+func (k *killer) startValidation(id string) (job string) {
+	k.t.Helper()
+	job, err := k.ValidateBackup(k.t.Context(), id, dbus.ValidateOptions{Steps: []string{"wait_for_boot"}})
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	return job
+}
+
+// nothingLeftOfValidation waits until there is nothing of one, and holds that
+// the backup is not said to be bad.
+func (k *killer) nothingLeftOfValidation(b dbus.BackupProperties) {
+	k.t.Helper()
+	eventually(k.t, "nothing is left of the validation", func() error { return errors.Join(k.noJob(), noFiles(), noUnits()) })
+	noValidation(k.t)
+	now := k.validated(b.ID)
+	if now.ValidationResult == dbus.ValidationNotValid || now.State != dbus.BackupComplete {
+		k.t.Errorf("a good backup is %s and %s: %s: %s", now.State, now.ValidationResult, now.ValidationStep, now.ValidationCause)
+	}
+	if c, err := dbus.Get[dbus.ChainProperties](k.t.Context(), k.Client, now.Chain); err != nil || c.State != dbus.ChainOpen {
+		k.t.Errorf("the chain of a good backup is %s (%s), %v", c.State, c.Cause, err)
+	}
+}
+
+// TestValidationKilled has a fault come at each step of a validation. Whatever
+// happens: a host that fails says nothing about the backup, nothing is left, and
+// another try goes well.
+func TestValidationKilled(t *testing.T) {
+	k, b, held := newValidationKiller(t)
+	for _, f := range validationFaults {
+		for _, s := range validationSteps {
+			if os.Getenv("TEST_FAULTS") != "all" && !slices.Contains(f.at, s.name) ||
+				f.name == "worker-kill" && s.name == "ending" ||
+				(f.name == "qemu-kill" || f.name == "destroy") && s.in != qemu {
+				continue
+			}
+			t.Run(f.name+"/"+s.name, func(t *testing.T) { k.tryValidation(t, f.fault, s, b) })
+		}
+	}
+	k.validationFails(t, b)
+	t.Run("nobody's domain", func(t *testing.T) { k.nobodysDomain(t, b) }) // another try, too
+	k.retarget(t)
+	k.chainIsExact(b, held)
+}
+
+func (k *killer) tryValidation(t *testing.T, f fault, s step, b dbus.BackupProperties) {
+	k.retarget(t)
+	before := k.validated(b.ID)
+	at := k.trap(s)
+	job := k.startValidation(b.ID)
+	at.wait()
+	k.daemon = daemonPID(t)
+	f.do(k, job)
+	if f.settled != nil && !slices.Contains(f.needs, s.in) {
+		f.settled(k)
+	}
+	at.letGo()
+	if f.settled != nil {
+		f.settled(k)
+	}
+	j := k.end(job)
+	now := k.validated(b.ID)
+	t.Logf("%s: %s; it is %q: %s", j.State, j.ErrorMessage, now.ValidationResult, now.ValidationCause)
+	switch {
+	case f.name == "daemon-kill":
+		if j.State != dbus.JobSucceeded || now.ValidationResult != dbus.ValidationValid {
+			t.Errorf("it is not begun again: %s, %v", j.State, j.Err())
+		}
+	case f.name == "cancel":
+		if j.State != dbus.JobCancelled && s.name != "ending" {
+			t.Errorf("it is %s", j.State)
+		}
+	case f.name == "libvirtd-restart" || s.name == "ending": // whether it can go on is for libvirt to say
+	case j.State != dbus.JobFailed || errors.Is(j.Err(), dbus.ErrNotValid) || now.ValidationResult != dbus.ValidationUnable || now.Validated.Equal(before.Validated):
+		t.Errorf("it is %s, and the backup %q: %v", j.State, now.ValidationResult, j.Err())
+	}
+	k.nothingLeftOfValidation(b)
+}
+
+// validationFails has what a validation needs fail while its guest runs: the
+// space for its overlays, and the repository, which answers with errors, or not
+// at all.
+func (k *killer) validationFails(t *testing.T, b dbus.BackupProperties) {
+	for name, c := range map[string]struct {
+		in       *faultFS
+		op, says string
+		errno    syscall.Errno
+	}{
+		"full scratch":    {k.scratch, "write", "cannot write to an overlay", syscall.ENOSPC},
+		"repository away": {k.storage, "read", "repository", syscall.EIO},
+		"repository hung": {k.storage, "read", "repository", 0},
+	} {
+		if c.errno == 0 && os.Getenv("TEST_FAULTS") != "all" {
+			continue // it takes as long as a guest has to wait at most
+		}
+		t.Run(name, func(t *testing.T) {
+			k.retarget(t)
+			starting := k.trap(validationSteps[slices.IndexFunc(validationSteps, func(s step) bool { return s.name == "starting" })])
+			job := k.startValidation(b.ID)
+			starting.wait()
+			var fails *trap
+			if c.errno == 0 {
+				fails = c.in.stop(theWorker, c.op, `/vda\.qcow2$`)
+			} else {
+				fails = c.in.fail(c.op, `/vda\.qcow2$`, c.errno)
+			}
+			starting.letGo()
+			fails.wait()
+			j := k.end(job)
+			fails.letGo()
+			now := k.validated(b.ID)
+			t.Logf("%s", j.ErrorMessage)
+			if j.State != dbus.JobFailed || errors.Is(j.Err(), dbus.ErrNotValid) || now.ValidationResult != dbus.ValidationUnable || !strings.Contains(j.ErrorMessage, c.says) {
+				t.Errorf("it is %s, and the backup %q: %v", j.State, now.ValidationResult, j.Err())
+			}
+			k.nothingLeftOfValidation(b)
+		})
+	}
+}
+
+// nobodysDomain looks at the host while a temporary domain runs: it has no network
+// and no display, and nobody takes it for a domain to be backed up.
+func (k *killer) nobodysDomain(t *testing.T, b dbus.BackupProperties) {
+	k.retarget(t)
+	running := k.trap(validationSteps[3])
+	job := k.startValidation(b.ID)
+	running.wait()
+	name := validationName(job)
+	definition := virsh(t, "dumpxml", name)
+	for _, bad := range []string{"<interface", "<graphics", "<hostdev", k.g.uuid, k.storage.point} {
+		if strings.Contains(definition, bad) {
+			t.Errorf("it has %s: %s", bad, definition)
+		}
+	}
+	if !strings.Contains(definition, b.ID) || !strings.Contains(virsh(t, "list", "--title"), "virtbackup: validation of backup "+b.ID) {
+		t.Errorf("nobody can tell what it is: %s", definition)
+	}
+	uuid := virsh(t, "domuuid", name)
+	for _, verb := range [][]string{{"domain", "list"}, {"status"}} {
+		if out := command(t, "", "virtbackupctl", verb...); strings.Contains(out, uuid) || strings.Contains(out, "validation-01") {
+			t.Errorf("%v shows it: %s", verb, out)
+		}
+	}
+	for _, by := range []string{name, uuid} {
+		_, err := k.BackupDomain(t.Context(), by, dbus.BackupOptions{Offering: k.offering})
+		refuses(t, "a backup of "+by, err, dbus.ErrNotFound)
+	}
+	running.letGo()
+	if err := k.end(job).Err(); err != nil {
+		t.Error(err)
+	}
+	k.nothingLeftOfValidation(b)
+	// The hook told of each of its steps, and nobody keeps them.
+	if left, err := filepath.Glob("/var/lib/virtbackup/hooks/*"); err != nil || len(left) > 0 {
+		for _, file := range left {
+			if text, _ := os.ReadFile(file); strings.Contains(string(text), uuid) {
+				t.Errorf("the spool tells of it: %s", fmt.Sprint(left))
+			}
+		}
+	}
+	if out := command(t, "", "sh", "-c", "strings -n 36 /var/lib/virtbackup/catalog.sqlite* | grep -c "+uuid+" || :"); out != "0" {
+		t.Errorf("the catalog tells of it: %s", out)
+	}
+}
+
+// TestValidationOfFirmware tries backups of a domain with UEFI and a TPM. One that
+// was never started has neither variables nor a state: libvirt makes both, in
+// places that are removed. Then it tries one with both.
+func TestValidationOfFirmware(t *testing.T) {
+	h := newHost(t)
+	g := &guest{t: t, name: filepath.Base(fresh(t, "/run/lab"))}
+	command(t, "", "lab-domain", "create", g.name, "--uefi", "--disk", "qcow2:32M:fs")
+	t.Cleanup(func() { command(t, "", "lab-domain", "remove", g.name) })
+	definition := virsh(t, "dumpxml", "--inactive", g.name)
+	command(t, strings.Replace(definition, "</devices>", fmt.Sprintf(tpmXML, "")+"</devices>", 1), "virsh", "-q", "define", "/dev/stdin")
+	g.uuid = virsh(t, "domuuid", g.name)
+	awaitDomain(t, g.name)
+	try := func(files bool) {
+		b := h.backup(g, dbus.BackupOptions{})
+		_, nvram := os.Stat(filepath.Join(h.path, g.uuid, b.ID, "nvram"))
+		_, tpm := os.Stat(filepath.Join(h.path, g.uuid, b.ID, "tpm/tpm2-00.permall"))
+		if (nvram == nil) != files || (tpm == nil) != files {
+			t.Errorf("the backup has nvram: %v, tpm: %v", nvram, tpm)
+		}
+		if err := h.validate(b.ID, "wait_for_boot").Err(); err != nil {
+			t.Error(err)
+		}
+		noValidation(t)
+	}
+	try(false)
+	virsh(t, "start", "--paused", g.name)
+	state := readFile(t, tpmState(g.uuid))
+	virsh(t, "destroy", g.name)
+	try(true)
+	if !bytes.Equal(readFile(t, tpmState(g.uuid)), state) {
+		t.Error("the domain's own TPM was changed")
+	}
+}

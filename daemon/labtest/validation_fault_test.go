@@ -34,7 +34,7 @@ var validationFaults = []struct {
 	fault
 	at []string
 }{
-	{fault{"daemon-kill", (*killer).killDaemon, (*killer).awaitDaemon, []string{theDaemon}, succeeds}, []string{"preparing", "running"}},
+	{fault{"daemon-kill", (*killer).killDaemon, (*killer).awaitDaemon, []string{theDaemon}, succeeds}, []string{"running"}},
 	{fault{"worker-kill", (*killer).killWorker, nil, nil, nil}, []string{"opening", "running"}},
 	{fault{"cancel", (*killer).cancel, nil, nil, nil}, []string{"starting", "running"}},
 	{fault{"qemu-kill", (*killer).killValidation, nil, nil, nil}, []string{"running"}},

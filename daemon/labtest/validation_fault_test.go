@@ -3,7 +3,6 @@
 package labtest
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -251,10 +250,10 @@ func (k *killer) nobodysDomain(t *testing.T, b dbus.BackupProperties) {
 	}
 }
 
-// TestValidationOfFirmware tries backups of a domain with UEFI and a TPM. One that
-// was never started has neither variables nor a state: libvirt makes both, in
-// places that are removed. Then it tries one with both.
-func TestValidationOfFirmware(t *testing.T) {
+// TestValidationOfUnusedFirmware tries a backup of a domain with UEFI and a TPM that
+// was never started, and so has neither variables nor a state yet: libvirt makes
+// both for the temporary one, in places that are removed.
+func TestValidationOfUnusedFirmware(t *testing.T) {
 	h := newHost(t)
 	g := &guest{t: t, name: filepath.Base(fresh(t, "/run/lab"))}
 	command(t, "", "lab-domain", "create", g.name, "--uefi", "--disk", "qcow2:32M:fs")
@@ -263,24 +262,15 @@ func TestValidationOfFirmware(t *testing.T) {
 	command(t, strings.Replace(definition, "</devices>", fmt.Sprintf(tpmXML, "")+"</devices>", 1), "virsh", "-q", "define", "/dev/stdin")
 	g.uuid = virsh(t, "domuuid", g.name)
 	awaitDomain(t, g.name)
-	try := func(files bool) {
-		b := h.backup(g, dbus.BackupOptions{})
-		_, nvram := os.Stat(filepath.Join(h.path, g.uuid, b.ID, "nvram"))
-		_, tpm := os.Stat(filepath.Join(h.path, g.uuid, b.ID, "tpm/tpm2-00.permall"))
-		if (nvram == nil) != files || (tpm == nil) != files {
-			t.Errorf("the backup has nvram: %v, tpm: %v", nvram, tpm)
-		}
-		if err := h.validate(b.ID, "wait_for_boot").Err(); err != nil {
-			t.Error(err)
-		}
-		noValidation(t)
+	b := h.backup(g, dbus.BackupOptions{})
+	if files, err := filepath.Glob(filepath.Join(h.path, g.uuid, b.ID, "[nt][vp]*")); err != nil || len(files) > 0 {
+		t.Errorf("the backup has %v, %v", files, err)
 	}
-	try(false)
-	virsh(t, "start", "--paused", g.name)
-	state := readFile(t, tpmState(g.uuid))
-	virsh(t, "destroy", g.name)
-	try(true)
-	if !bytes.Equal(readFile(t, tpmState(g.uuid)), state) {
-		t.Error("the domain's own TPM was changed")
+	if err := h.validate(b.ID, "wait_for_boot").Err(); err != nil {
+		t.Error(err)
+	}
+	noValidation(t)
+	if _, err := os.Stat(tpmState(g.uuid)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the domain itself has a TPM's state now: %v", err)
 	}
 }

@@ -161,8 +161,12 @@ func (s *server) nothingServed() error {
 		return fmt.Errorf("units are left: %s", units)
 	}
 	for _, directory := range []string{s.sockets, s.sender.Supervisor.Directory} {
-		if left, err := os.ReadDir(directory); err != nil || len(left) > 0 {
-			return fmt.Errorf("%s: %w, %v is left", directory, err, left)
+		left, err := os.ReadDir(directory)
+		if err == nil && len(left) > 0 {
+			err = fmt.Errorf("%s: %v is left", directory, left)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return err

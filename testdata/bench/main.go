@@ -88,7 +88,7 @@ func rounded(ctx context.Context, rounds int, text *strings.Builder) error {
 	if err != nil {
 		return err
 	}
-	groups := slices.DeleteFunc(b.groups(), func(g *group) bool { return !wanted(g.key) })
+	groups := slices.DeleteFunc(append(b.groups(), b.servings()...), func(g *group) bool { return !wanted(g.key) })
 	for round := range rounds {
 		for _, g := range groups {
 			fmt.Fprintf(os.Stderr, "bench: round %d of %d: %s\n", round+1, rounds, g.title)

@@ -78,8 +78,6 @@ func (b *host) groups() []*group {
 			},
 			after: b.deleteChain,
 		},
-		b.serving("many requests at once (`nbdcopy`)", "nbdcopy URI null:"),
-		b.serving("128 KiB at a time, as a guest does", "nbdcopy --synchronous --request-size=131072 URI null:"),
 	}
 }
 

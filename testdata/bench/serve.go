@@ -14,6 +14,14 @@ import (
 	"github.com/virtbackup/virtbackup/dbus"
 )
 
+// servings are the groups that read backups that are served.
+func (b *host) servings() []*group {
+	return []*group{
+		b.serving("many requests at once (`nbdcopy`)", "nbdcopy URI null:"),
+		b.serving("128 KiB at a time, as a guest does", "nbdcopy --synchronous --request-size=131072 URI null:"),
+	}
+}
+
 // serving is a group that reads a chain as those who boot from it do.
 func (b *host) serving(title, reader string) *group {
 	return &group{

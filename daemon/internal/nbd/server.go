@@ -63,9 +63,9 @@ func NewServer(name string, e Export) *Server {
 // Serve serves all who connect, until ctx ends, and closes the listener. It
 // returns when no connection is left.
 func (s *Server) Serve(ctx context.Context, l net.Listener) {
-	stop := context.AfterFunc(ctx, func() { l.Close() })
+	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
 	defer stop()
-	defer l.Close()
+	defer func() { _ = l.Close() }()
 	var connections sync.WaitGroup
 	defer connections.Wait()
 	slots := make(chan struct{}, maxConnections)

@@ -53,9 +53,7 @@ func (w *worker) serve(ctx context.Context) (err error) {
 		return err
 	}
 	if err := w.status.enter(PhaseServing); err != nil {
-		for _, l := range listeners {
-			_ = l.Close()
-		}
+		hangUp(listeners)
 		return err
 	}
 	w.serveDisks(ctx, disks, listeners)
@@ -136,9 +134,7 @@ func (w *worker) serveDisks(ctx context.Context, disks []*servedDisk, listeners 
 func (w *worker) listen() (listeners []net.Listener, err error) {
 	defer func() {
 		if err != nil {
-			for _, l := range listeners {
-				_ = l.Close()
-			}
+			hangUp(listeners)
 		}
 	}()
 	for _, d := range w.spec.Serve.Disks {
@@ -182,10 +178,16 @@ func listenAt(path string, owner Owner) (net.Listener, error) {
 		err = os.Lchown(path, orKeep(owner.UID), orKeep(owner.GID))
 	}
 	if err != nil {
-		_ = l.Close()
-		return nil, err
+		return nil, errors.Join(err, l.Close())
 	}
 	return l, nil
+}
+
+// hangUp closes sockets that nobody has served yet.
+func hangUp(listeners []net.Listener) {
+	for _, l := range listeners {
+		_ = l.Close() // and removes it
+	}
 }
 
 // verdict is what the job says about all that was read. What the storage gave no

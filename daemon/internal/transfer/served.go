@@ -1,6 +1,7 @@
 package transfer
 
 import (
+	"path/filepath"
 	"slices"
 )
 
@@ -39,6 +40,11 @@ type Damage struct {
 	Length uint64 `json:"length"` // bytes
 	Backup string `json:"backup"` // whose image holds the range
 	Detail string `json:"detail"`
+}
+
+// WriteStop ends a worker that serves.
+func WriteStop(directory string) error {
+	return writeJSON(filepath.Join(directory, StopFile), struct{}{})
 }
 
 // maxDamage bounds how many ranges are told of a disk.

@@ -389,11 +389,6 @@ func WriteConfirm(directory string) error {
 	return writeJSON(filepath.Join(directory, ConfirmFile), struct{}{})
 }
 
-// WriteStop ends a worker that serves.
-func WriteStop(directory string) error {
-	return writeJSON(filepath.Join(directory, StopFile), struct{}{})
-}
-
 // ReadRate reads the worker's rate, no bound if none was written; WriteRate sets it.
 func ReadRate(directory string) (Rate, error) {
 	var r Rate

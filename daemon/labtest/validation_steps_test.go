@@ -186,3 +186,22 @@ func TestScreensThatFail(t *testing.T) {
 		})
 	}
 }
+
+// TestFileSystemThatIsBroken tries a backup of a disk whose file system was
+// broken before: the guest starts, and meets it when it looks.
+func TestFileSystemThatIsBroken(t *testing.T) {
+	h, g := newHost(t), newGuest(t, "raw:64M:fs")
+	g.run("sh", "-c", "mkdir -p /mnt/vda/a/b && sync")
+	command(t, "", "lab-domain", "shutdown", g.name)
+	command(t, "", "debugfs", "-w", "-R", "set_inode_field /a/b checksum 0x1", g.disks()[0].file)
+	b := h.backup(g, dbus.BackupOptions{})
+	j := h.validate(b.ID, "wait_for_boot", "check_filesystems")
+	f := h.found(b.ID)["check_filesystems"]
+	if !errors.Is(j.Err(), dbus.ErrNotValid) || h.validated(b.ID).ValidationStep != "check_filesystems" || f.Cause != "directories cannot be read in the guest: Bad message" {
+		t.Errorf("%v: %+v", j.Err(), f)
+	}
+	if now := h.validated(b.ID); now.State != dbus.BackupComplete { // it is what the disk held
+		t.Errorf("the backup is %s", now.State)
+	}
+	noValidation(t)
+}

@@ -12,9 +12,9 @@ import (
 )
 
 // filesystems has the guest look at its own file systems, and changes nothing:
-// its kernel's messages about disks and file systems since it started, the
-// errors that ext4 has counted, and a walk through all directories, which reads
-// the metadata. A tool that the guest does not have says nothing.
+// a walk through all directories, which reads the metadata, its kernel's messages
+// about disks and file systems since it started, and the errors that ext4 has
+// counted. A tool that the guest does not have says nothing.
 type filesystems struct{ timeout time.Duration }
 
 func (filesystems) Name() string { return NameFilesystems }
@@ -26,7 +26,7 @@ func (c filesystems) Run(ctx context.Context, g Guest, _ []Finding) Finding {
 	if err != nil {
 		return failed(err)
 	}
-	checks := []check{kernelMessages, countedErrors, walk}
+	checks := []check{walk, kernelMessages, countedErrors} // what the walk meets, the kernel tells
 	if system == windows {
 		checks = []check{volumeHealth}
 	}

@@ -37,7 +37,7 @@ func New(names []string, s Settings, started time.Time) ([]Step, error) {
 		}
 	}
 	all := []Step{
-		boot{s.BootTimeout},
+		boot{s.BootTimeout, slices.Contains(names, NameJudge)},
 		filesystems{s.CommandTimeout},
 		command{Command{Path: s.Command, Arguments: s.Arguments}, s.Expected, s.CommandTimeout},
 		ports{s.Ports, s.CommandTimeout},

@@ -38,12 +38,16 @@ func (s screenshot) take(ctx context.Context, g Guest) ([]byte, image.Image, Fin
 	return png, picture, Finding{Verdict: Valid}
 }
 
-func take(ctx context.Context, g Guest) ([]byte, image.Image, error) {
+func look(ctx context.Context, g Guest) (image.Image, error) {
 	data, err := g.Screenshot(ctx)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	picture, err := screen.Decode(data)
+	return screen.Decode(data)
+}
+
+func take(ctx context.Context, g Guest) ([]byte, image.Image, error) {
+	picture, err := look(ctx, g)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -86,7 +86,9 @@ func TestVerdicts(t *testing.T) {
 			return nil
 		}}, Valid, "", "", false},
 		{"silent agent", []string{NameBoot, NameCommand}, guest{ping: never(ErrSilent), screen: "panic.png"}, NotValid, NameBoot, "the guest agent did not answer within 30s", true},
-		{"silent agent, by default", nil, guest{ping: never(ErrSilent), screen: "panic.png"}, NotValid, NameBoot, "the guest agent did not answer within 30s", true},
+		{"silent agent, by default", nil, guest{ping: never(ErrSilent), screen: "up.png"}, NotValid, NameBoot, "the guest agent did not answer within 30s", true},
+		{"silent agent, panic", nil, guest{ping: never(ErrSilent), screen: "panic.png"}, NotValid, NameBoot, "the guest agent does not answer, and the screen says that the kernel panicked", true},
+		{"silent agent, panic, and a hung repository", nil, guest{ping: never(ErrSilent), screen: "panic.png", impeded: errors.New("x")}, Unable, NameBoot, "the host kept the guest from going on: x", true},
 		{"silent agent, and a hung repository", []string{NameBoot}, guest{ping: never(ErrSilent), impeded: errors.New("repository nas does not answer")}, Unable, NameBoot,
 			"the host kept the guest from going on: repository nas does not answer", false},
 		{"guest that powers off", []string{NameBoot}, guest{ping: never(ErrEnded)}, NotValid, NameBoot, "the guest ended", false},
@@ -145,6 +147,19 @@ func TestExitCodeCountsWhereNoOutputIsExpected(t *testing.T) {
 	}
 	if f := (command{Command: Command{Path: "c"}, expected: []byte{}}).judge(Output{Stdout: []byte("x")}); f.Verdict != NotValid {
 		t.Error("nothing is expected, and something was written")
+	}
+}
+
+// TestPanicIsNotWaitedFor has the screen tell that nobody will answer any more.
+func TestPanicIsNotWaitedFor(t *testing.T) {
+	for file, want := range map[string]time.Duration{"panic.png": 22 * time.Second, "up.png": 2 * time.Minute, "paused.png": 2 * time.Minute} {
+		synctest.Test(t, func(t *testing.T) {
+			start, g := time.Now(), &guest{ping: never(ErrSilent), screen: file}
+			f := boot{2 * time.Minute, true}.Run(t.Context(), g, nil)
+			if took := time.Since(start); f.Verdict != NotValid || took > want || took < want/2 {
+				t.Errorf("%s: %s after %s: %s", file, f.Verdict, took, f.Cause)
+			}
+		})
 	}
 }
 

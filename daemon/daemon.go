@@ -49,6 +49,7 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/upkeep"
 	"github.com/virtbackup/virtbackup/daemon/internal/validation"
 	"github.com/virtbackup/virtbackup/daemon/internal/verification"
+	"github.com/virtbackup/virtbackup/daemon/internal/window"
 	"github.com/virtbackup/virtbackup/dbus"
 	"github.com/virtbackup/virtbackup/hooks/spool"
 	"github.com/virtbackup/virtbackup/policy"
@@ -203,6 +204,7 @@ func (a *app) wire() {
 		BootDirectories: func() []string { return a.settings.Load().Restore.Destinations },
 		Directory:       filepath.Join(c.Daemon.StateDirectory, "validation"), RuntimeDirectory: filepath.Join(c.Daemon.RuntimeDirectory, "validation"),
 	})
+	verifications := verification.Verify{Catalog: a.catalog, Errand: errands, Settings: a.verificationSettings}
 	a.engine = job.New(a.catalog, map[string]job.Kind{
 		string(dbus.OperationValidate):       a.validation,
 		string(dbus.OperationCompress):       compressions,
@@ -211,7 +213,7 @@ func (a *app) wire() {
 		string(dbus.OperationRestore):        restores,
 		string(dbus.OperationRestoreInPlace): restores,
 		group.KindName:                       group.Kind{Catalog: a.catalog},
-		string(dbus.OperationVerify):         verification.Verify{Catalog: a.catalog, Errand: errands},
+		string(dbus.OperationVerify):         verifications,
 		string(dbus.OperationCheck):          verification.Check{Catalog: a.catalog, Errand: errands, Forget: a.mounts.Forget},
 		string(dbus.OperationDelete):         removal.Delete{Catalog: a.catalog, Errand: errands},
 		string(dbus.OperationScan):           scan.Scan{Catalog: a.catalog, Errand: errands},
@@ -228,7 +230,7 @@ func (a *app) wire() {
 	if err != nil {
 		a.log.Warn("cannot tell the name of this host", "error", err)
 	}
-	a.upkeep = &upkeep.Keeper{Chores: []upkeep.Chore{compressions, a.validation}, Jobs: a.engine, Log: a.log}
+	a.upkeep = &upkeep.Keeper{Chores: []upkeep.Chore{compressions, a.validation, verifications}, Jobs: a.engine, Log: a.log}
 	a.schedules = schedule.New(a.catalog, a.timers, a.log)
 	a.service = service.New(service.Deps{
 		Catalog: a.catalog, Jobs: a.engine, Domains: a.hypervisor, Restore: restores, Lifecycle: a.lifecycle, Schedules: a.schedules, Storage: a.mounts, Ended: &a.ended, Config: c, Reload: a.reload,
@@ -489,6 +491,15 @@ func (a *app) validationSettings() validation.Settings {
 	return validation.Settings{
 		Enabled: v.Enabled, Interval: v.Interval, Attempts: 1 + v.Retries, Memory: uint64(v.MemoryMax), CPUs: v.CPUs, EndChain: v.EndChain,
 		MinimumFree: uint64(c.Limits.MinimumFreeScratch), BootTimeout: v.BootTimeout, CommandTimeout: v.CommandTimeout, ScreenshotWait: v.ScreenshotWait,
+	}
+}
+
+func (a *app) verificationSettings() verification.Settings {
+	c := a.settings.Load()
+	w, _ := window.ParseAll(c.Verification.Window) // the configuration has been checked: it can be read
+	return verification.Settings{
+		Enabled: c.Verification.Enabled, Every: c.Verification.Every, Share: uint64(c.Verification.BytesPerNight), Window: w,
+		Attempts: c.Jobs.Attempts, Rate: uint64(c.Verification.Rate) * megabyte,
 	}
 }
 

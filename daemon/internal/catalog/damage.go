@@ -121,3 +121,31 @@ func (c *Catalog) Damage(ctx context.Context, backup string) (list []Damage, err
 	})
 	return list, err
 }
+
+// VerifiableChain is a chain of which something can be read back.
+type VerifiableChain struct {
+	ID         string
+	Domain     string // UUID
+	Repository string // id
+	Newest     string // its newest complete backup
+	Bytes      uint64 // of all
+	Last       time.Time
+}
+
+// VerifiableChains returns the chains that have complete backups, and when the one
+// of those was read back that waits the longest. Those in storage that is known
+// not to be there are not among them.
+func (c *Catalog) VerifiableChains(ctx context.Context) (all []VerifiableChain, err error) {
+	err = c.read(ctx, "read when chains were verified", func(tx *sql.Tx) (err error) {
+		all, err = collect(ctx, tx, func(from row) (v VerifiableChain, err error) {
+			err = from.Scan(&v.ID, &v.Domain, &v.Repository, &v.Newest, &v.Bytes, timestamp{&v.Last})
+			return v, err
+		}, `SELECT c.id, c.domain, c.repository,
+			(SELECT id FROM backups WHERE chain = c.id AND state = 'complete' ORDER BY sequence DESC LIMIT 1),
+			sum(b.stored_bytes), min(max(b.verified, b.finished))
+			FROM chains AS c JOIN backups AS b INDEXED BY backups_verified ON b.chain = c.id AND b.state = 'complete'
+			WHERE c.repository IN (SELECT id FROM repositories WHERE state IN ('online', 'slow', 'unknown')) GROUP BY c.id`)
+		return err
+	})
+	return all, err
+}

@@ -35,6 +35,7 @@ type Config struct {
 	Retention    Retention
 	Compression  Compression
 	Validation   Validation
+	Verification Verification
 	Repositories Repositories
 
 	sources map[string]string // of the settings in the file: "file:line"
@@ -122,6 +123,15 @@ type Compression struct {
 	Rate          int     // MB/s that it may read, and as much that it may write; 0: no bound
 }
 
+// Verification is the section [verification], of backups that are read back by themselves.
+type Verification struct {
+	Enabled       bool
+	Every         time.Duration // each chain
+	BytesPerNight Size          // 0: as many as it takes
+	Window        Spans
+	Rate          int // MB/s that it may read; 0: no bound
+}
+
 // Validation is the section [validation], of backups that are tried by starting them.
 type Validation struct {
 	Enabled        bool          // by itself
@@ -174,6 +184,7 @@ func Default() *Config {
 		Retention:    Retention{MostAtOnce: 20},
 		Compression:  Compression{Enabled: true, Retries: 2, RetryInterval: time.Hour, Threads: 1, MinimumFree: 1},
 		Validation:   Validation{Enabled: true, Interval: 24 * time.Hour, Retries: 2, RetryInterval: time.Hour, MemoryMax: 2 * gibibyte, CPUs: 2, EndChain: true, BootTimeout: 4 * time.Minute, CommandTimeout: time.Minute, ScreenshotWait: time.Minute},
+		Verification: Verification{Enabled: true, Every: 30 * 24 * time.Hour},
 		Repositories: Repositories{MountTimeout: 30 * time.Second, UnmountAfter: 5 * time.Minute, LookEvery: time.Minute, LookIdle: 10 * time.Minute, HungAfter: 20 * time.Second, SlowAfter: 5 * time.Second},
 	}
 }

@@ -85,7 +85,7 @@ func (c *Config) settings() []setting {
 		number("compression.rate", &p.Rate, 0, mostRate, "How many MB (1,000,000 bytes) of a backup are read per second for it, and as many written; 0 for no limit. The rates in [limits] hold as well."),
 
 		number("retention.most_at_once", &c.Retention.MostAtOnce, 1, 100000, "How many backups of a domain in a repository retention removes after one backup at most. \"virtbackupctl prune\" has no such limit."),
-	}, c.validationSettings())
+	}, c.validationSettings(), c.verificationSettings())
 }
 
 // validationSettings are those of trying backups.
@@ -102,6 +102,18 @@ func (c *Config) validationSettings() []setting {
 		duration("validation.boot_timeout", &v.BootTimeout, time.Second, 24*time.Hour, "How long the guest agent of a backup that is tried may take to answer, if its offering or domain does not say."),
 		duration("validation.command_timeout", &v.CommandTimeout, time.Second, 24*time.Hour, "The same of the command that is run in the guest, and of each other question to the agent."),
 		duration("validation.screenshot_wait", &v.ScreenshotWait, time.Second, 24*time.Hour, "How long after the start of the guest the screenshot is taken, if its offering or domain does not say."),
+	}
+}
+
+// verificationSettings are those of reading backups back.
+func (c *Config) verificationSettings() []setting {
+	v := &c.Verification
+	return []setting{
+		toggle("verification.enabled", &v.Enabled, "Whether backups are verified by themselves: every block is read back and compared with its digest, whole chains at a time, the ones first that wait the longest. Who asks for it by \"virtbackupctl verify\" gets it anyway."),
+		duration("verification.every", &v.Every, 24*time.Hour, 3650*24*time.Hour, "Within how long each chain has its turn, evenly over the nights."),
+		size("verification.bytes_per_night", &v.BytesPerNight, 0, "How much is read in 24 hours at most, but for a chain that is larger; 0B for as much as it takes for each to have its turn."),
+		{"verification.window", &v.Window, func() error { _, err := window.ParseAll(v.Window); return err }, "a list of spans, as \"Mon..Fri 22:00-06:00\"", "When it may begin; always when the list is empty. jobs.window holds as well."},
+		number("verification.rate", &v.Rate, 0, mostRate, "How many MB (1,000,000 bytes) are read per second for it; 0 for no limit. The rates in [limits] hold as well, if this is set."),
 	}
 }
 

@@ -50,6 +50,7 @@ type storedDisk struct {
 	digests *digest.Table
 	zero    [digest.SumSize]byte // of a whole block of zeros
 	files   []*os.File           // the top image first
+	reads   *valve               // nil: reading back has no bound
 	found   *finder              // nil: the first damage is an error
 }
 

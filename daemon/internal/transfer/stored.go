@@ -193,7 +193,14 @@ func (s *storedDisk) verifyContent(ctx context.Context, count *counters) error {
 	buffers := newBuffers(readDepth)
 	return ordered(ctx, readDepth, stages[*stored]{
 		produce: func(_ context.Context, emit func(*stored) error) error { return s.walkOwn(buffers.get, emit) },
-		work:    func(_ context.Context, piece *stored) error { return s.read(piece, &count.done) },
+		work: func(ctx context.Context, piece *stored) error {
+			if s.reads != nil {
+				if err := s.reads.wait(ctx, len(piece.data)); err != nil {
+					return err
+				}
+			}
+			return s.read(piece, &count.done)
+		},
 		consume: func(piece *stored) error {
 			buffers.put(piece.data)
 			return nil

@@ -158,7 +158,7 @@ func (w *worker) verifyDisk(ctx context.Context, r *repository.Repository, l lin
 		return nil, err
 	}
 	defer s.close()
-	s.found = &finder{}
+	s.found, s.reads = &finder{}, w.throttle.reads
 	err = s.verify(ctx, w.status.disk(d.Target))
 	if err == nil && len(s.found.ranges) > mostRanges {
 		err = fail(ClassVerification, "%w in %d places", errBlock, len(s.found.ranges))

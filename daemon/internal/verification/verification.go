@@ -31,6 +31,8 @@ type Request struct {
 type Verify struct {
 	Catalog *catalog.Catalog
 	Errand  errand.Sender
+	// Settings of verifications that nobody asked for.
+	Settings func() Settings
 }
 
 // Again makes it a job.Retrier: another try is about the same.
@@ -47,9 +49,11 @@ func (k Verify) Run(ctx context.Context, h *job.Handle) error {
 	if err != nil {
 		return failure.Named(err)
 	}
-	result, err := k.Errand.Run(ctx, h, repo, transfer.Spec{
-		Operation: transfer.OperationVerify, Domain: h.Job().Domain, Backups: r.Backups,
-	})
+	spec := transfer.Spec{Operation: transfer.OperationVerify, Domain: h.Job().Domain, Backups: r.Backups}
+	if h.Job().Origin == catalog.OriginSystem {
+		spec.Most = k.Settings().Rate
+	}
+	result, err := k.Errand.Run(ctx, h, repo, spec)
 	if result == nil {
 		return err
 	}

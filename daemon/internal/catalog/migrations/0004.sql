@@ -62,6 +62,8 @@ CREATE TABLE damage (
 	PRIMARY KEY (backup, target, start, image)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX damage_image ON damage (image);
+-- When each chain was read back is found without the rows themselves.
+CREATE INDEX backups_verified ON backups (chain, state, sequence, id, stored_bytes, verified, finished);
 WITH RECURSIVE above (id, image) AS (
 	SELECT id, id FROM backups WHERE state = 'damaged' AND error <> 'its parent is damaged'
 	UNION SELECT b.id, above.image FROM backups AS b JOIN above ON b.parent = above.id)

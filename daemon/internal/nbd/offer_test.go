@@ -21,7 +21,7 @@ type strict struct {
 func (s strict) Size() uint64 { return s.size }
 
 func (s strict) within(off, length uint64) {
-	if length == 0 || length > defaultMaximum && length > statusSpan || off > s.size || length > s.size-off {
+	if length == 0 || length > statusSpan || off > s.size || length > s.size-off {
 		s.t.Errorf("asked for %d bytes at %d of %d", length, off, s.size)
 	}
 }
@@ -46,7 +46,7 @@ func converse(t testing.TB, e Export, said []byte, enough int) []byte {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		NewServer("vda", e).serve(context.Background(), there)
+		NewServer("vda", e, 0).serve(context.Background(), there)
 	}()
 	go func() {
 		_, _ = here.Write(said)
@@ -121,8 +121,8 @@ func TestCheckRequest(t *testing.T) {
 		"nothing":             {asked: asked{offset: 5}, want: syscall.EINVAL},
 		"beyond":              {asked: asked{offset: size - 5, length: 6}, want: syscall.EINVAL},
 		"far beyond":          {asked: asked{offset: ^uint64(0), length: 2}, want: syscall.EINVAL},
-		"the most":            {asked: asked{length: defaultMaximum}},
-		"too much":            {asked: asked{length: defaultMaximum + 1}, want: syscall.EOVERFLOW},
+		"the most":            {asked: asked{length: maximumSize}},
+		"too much":            {asked: asked{length: maximumSize + 1}, want: syscall.EOVERFLOW},
 		"in one piece":        {asked: asked{flags: commandFlagDF, length: 1}, structured: true},
 		"DF, not structured":  {asked: asked{flags: commandFlagDF, length: 1}, want: syscall.EINVAL},
 		"FUA":                 {asked: asked{flags: 1, length: 1}, structured: true, want: syscall.EINVAL},
@@ -155,7 +155,7 @@ func TestHangsUp(t *testing.T) {
 		"disconnect":      append(choose, requestBytes(commandDisconnect, 0, 1, 0, 0)...),
 	} {
 		here, there := net.Pipe()
-		go NewServer("vda", strict{t, 4096}).serve(context.Background(), there)
+		go NewServer("vda", strict{t, 4096}, 0).serve(context.Background(), there)
 		go func() { _, _ = here.Write(said) }()
 		_ = here.SetReadDeadline(time.Now().Add(10 * time.Second))
 		if _, err := io.Copy(io.Discard, here); err != nil {

@@ -32,11 +32,8 @@ type Mapper interface {
 const (
 	// maxConnections bounds those of one server; more have to wait.
 	maxConnections = 16
-	// maxBuffered bounds the bytes of the replies that a server makes at once.
-	// One of the greatest requests fits in.
-	maxBuffered = defaultMaximum
-	// preferredSize and maximumSize are the block sizes that a server tells. A
-	// client that has not heard them may ask for up to defaultMaximum.
+	// preferredSize and maximumSize are the block sizes that a server tells. Only
+	// the oldest clients (EXPORT_NAME) do not hear them; they are held to them too.
 	preferredSize = 64 << 10
 	maximumSize   = 4 << 20
 	// negotiationLimit is how long a client may take until it asks for data.
@@ -51,13 +48,14 @@ type Server struct {
 	name    string
 	export  Export
 	buffers pool
-	budget  *semaphore.Weighted // of bytes, see maxBuffered
+	budget  *semaphore.Weighted // of the bytes of replies
 }
 
-// NewServer makes a server of an export of that name. A client may also ask
-// for the one without a name.
-func NewServer(name string, e Export) *Server {
-	return &Server{name: name, export: e, budget: semaphore.NewWeighted(maxBuffered)}
+// NewServer makes a server of an export of that name, which holds so many bytes
+// of replies at the most, and one of the greatest requests at the least. A client
+// may also ask for the export without a name.
+func NewServer(name string, e Export, buffered int64) *Server {
+	return &Server{name: name, export: e, budget: semaphore.NewWeighted(max(buffered, maximumSize))}
 }
 
 // Serve serves all who connect, until ctx ends, and closes the listener. It

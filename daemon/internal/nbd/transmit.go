@@ -59,7 +59,7 @@ func (a asked) check(size uint64, structured, mapped bool) syscall.Errno {
 	switch {
 	case a.flags&^allowed != 0, a.length == 0, a.offset > size, uint64(a.length) > size-a.offset:
 		return syscall.EINVAL
-	case a.command == commandRead && a.length > defaultMaximum:
+	case a.command == commandRead && a.length > maximumSize:
 		return syscall.EOVERFLOW
 	}
 	return 0
@@ -125,7 +125,7 @@ func (c *connection) admit(ctx context.Context, a asked) (weight int64, ok bool)
 		return 0, false
 	}
 	if a.command == commandRead {
-		weight = int64(min(a.length, maxBuffered))
+		weight = int64(min(a.length, maximumSize))
 	}
 	return weight, c.budget.Acquire(ctx, weight) == nil
 }

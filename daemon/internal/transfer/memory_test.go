@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -65,6 +66,25 @@ func TestMemory(t *testing.T) {
 	checkMemory(t, program, h.job(Spec{Operation: OperationRestore, Restore: s}))
 	checkMemory(t, program, h.job(Spec{Operation: OperationVerify, Backups: []string{id}}))
 	h.command("qemu-img", "compare", disks[2].path, filepath.Join(h.dir, disks[2].target+".restored"))
+	serve := h.serveSpec(id, "vda", "vdb", "vdc", "vdd", "vde")
+	dir = h.job(Spec{Operation: OperationServe, Serve: serve})
+	go func() {
+		awaitPhase(h, dir, PhaseServing)
+		var readers sync.WaitGroup
+		for _, d := range serve.Disks {
+			readers.Go(func() {
+				out, err := exec.Command("nbdcopy", "--request-size=4194304", "nbd+unix:///?socket="+d.Socket, "null:").CombinedOutput()
+				if err != nil {
+					t.Errorf("%s: %v: %s", d.Target, err, out)
+				}
+			})
+		}
+		readers.Wait()
+		if err := WriteStop(dir); err != nil {
+			t.Error(err)
+		}
+	}()
+	checkMemory(t, program, dir)
 }
 
 func checkMemory(t *testing.T, program, dir string) {

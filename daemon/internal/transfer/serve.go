@@ -19,6 +19,9 @@ const (
 	// patience is how long a request may wait for the storage, unless the spec
 	// says otherwise. QEMU itself waits for ever.
 	patience = 30 * time.Second
+	// servedBuffers bounds the bytes of replies of all disks together, as long as
+	// they are not more than some.
+	servedBuffers = 24 << 20
 	// maxSocket is the longest path of a unix socket, unix(7).
 	maxSocket = 107
 )
@@ -121,7 +124,7 @@ func (w *worker) serveDisks(ctx context.Context, disks []*servedDisk, listeners 
 	defer stop()
 	var all sync.WaitGroup
 	for i, d := range disks {
-		all.Go(func() { nbd.NewServer(d.Target, d).Serve(serving, listeners[i]) })
+		all.Go(func() { nbd.NewServer(d.Target, d, servedBuffers/int64(len(disks))).Serve(serving, listeners[i]) })
 	}
 	if err := waitStop(ctx, w.directory); err != nil && ctx.Err() == nil {
 		w.log.Error("cannot wait until it is no longer needed", "error", err)

@@ -71,7 +71,7 @@ func TestMemory(t *testing.T) {
 	go func() {
 		awaitPhase(h, dir, PhaseServing)
 		var readers sync.WaitGroup
-		for _, d := range serve.Disks {
+		for _, d := range serve.Disks[1:] { // the first is nothing but a hole for minutes
 			readers.Go(func() {
 				out, err := exec.Command("nbdcopy", "--request-size=4194304", "nbd+unix:///?socket="+d.Socket, "null:").CombinedOutput()
 				if err != nil {

@@ -193,6 +193,16 @@ func (k *killer) validationFails(t *testing.T, b dbus.BackupProperties) {
 			}
 			starting.letGo()
 			fails.wait()
+			if c.errno == 0 { // it is ended before the repository is back
+				eventually(t, "it is given up", func() error {
+					j, err := dbus.Get[dbus.JobProperties](t.Context(), k.Client, job)
+					if err == nil && j.Phase != "ending" {
+						err = fmt.Errorf("it is in phase %q", j.Phase)
+					}
+					return err
+				})
+				fails.letGo()
+			}
 			j := k.end(job)
 			fails.letGo()
 			now := k.validated(b.ID)

@@ -179,6 +179,9 @@ func (t *trial) guest(ctx context.Context, serving *errand.Serving, uid, gid int
 	err = t.Hypervisor.StartValidation(starting, definition)
 	done()
 	if err != nil {
+		if cause := context.Cause(watched); cause != nil { // it is not libvirt that is to blame
+			return report, cause
+		}
 		return report, err
 	}
 	t.started = time.Now()

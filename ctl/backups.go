@@ -107,7 +107,8 @@ func (a *app) repairCommand() *cobra.Command {
 		Use:   "repair BACKUP",
 		Short: "Repair a damaged backup with what others hold of the same",
 		Long: `Repair what of a backup's disks is damaged, with what other backups of the
-domain in the same repository hold of the same, as digests tell.
+domain in the same repository, or its disks as they are now, hold of the same,
+as digests tell.
 
 It is written beside what is there, read back, and exchanged at once. A disk of
 which not all is held elsewhere stays as it is; the exit status is 1 then.`,

@@ -183,10 +183,11 @@ func (a *app) wire() {
 	a.health = a.newHealth()
 	errands := errand.Sender{Supervisor: a.workers, Limits: a.limits, KeyFile: a.keyPath(), Pins: a.catalog.Pins, Storage: a.mounts}
 	overlays := &overlay.Keeper{Hypervisor: a.hypervisor, Catalog: a.catalog, Lifecycle: a.lifecycle, Log: a.log}
+	exporter := &export.Exporter{Units: a.units, Directory: filepath.Join(c.Daemon.RuntimeDirectory, "exports")}
 	a.backup = backup.New(backup.Deps{
 		Overlays: overlays,
 		Catalog:  a.catalog, Hypervisor: a.hypervisor, Errands: errands, Settings: a.backupSettings, Version: version, Log: a.log,
-		Keeper: a.lifecycle, Exporter: &export.Exporter{Units: a.units, Directory: filepath.Join(c.Daemon.RuntimeDirectory, "exports")},
+		Keeper: a.lifecycle, Exporter: exporter,
 		Quiescer: quiesce.New(a.hypervisor, quiesce.ThawUnit{URI: c.Libvirt.URI}, quiesce.Options{
 			Directory: filepath.Join(c.Daemon.RuntimeDirectory, "frozen"), Limit: c.Libvirt.HoldLimit, Log: a.log,
 		}),
@@ -206,9 +207,10 @@ func (a *app) wire() {
 	})
 	verifications := verification.Verify{Catalog: a.catalog, Errand: errands, Settings: a.verificationSettings}
 	a.engine = job.New(a.catalog, map[string]job.Kind{
-		string(dbus.OperationValidate):       a.validation,
-		string(dbus.OperationCompress):       compressions,
-		string(dbus.OperationRepair):         repair.Kind{Catalog: a.catalog, Errand: errands},
+		string(dbus.OperationValidate): a.validation,
+		string(dbus.OperationCompress): compressions,
+		string(dbus.OperationRepair): repair.Kind{Catalog: a.catalog, Errand: errands,
+			Live: repair.Live{Domains: a.hypervisor, Exporter: exporter, Limits: a.limits}},
 		backup.KindName:                      a.backup,
 		string(dbus.OperationRestore):        restores,
 		string(dbus.OperationRestoreInPlace): restores,

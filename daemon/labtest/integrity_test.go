@@ -213,6 +213,43 @@ func (m *mender) try(t *testing.T, f fault, s step) {
 	}
 }
 
+// TestRepairedFromTheDisk has only the domain's disk hold what is damaged, while
+// it runs and while it is off, and then not any more.
+func TestRepairedFromTheDisk(t *testing.T) {
+	m := &mender{killer: &killer{t: t, storage: mountRepository(t), scratch: &faultFS{}}}
+	m.host = newHostAt(t, m.storage.point)
+	m.g = newPausedGuest(t, "qcow2:6M", "raw:2M")
+	m.g.io("vda", "write -P 0xd7 1M 64k")
+	m.held = []snapshot{m.g.snapshot()}
+	m.backups = []dbus.BackupProperties{m.backup(m.g, dbus.BackupOptions{})}
+	for _, state := range []string{"running", "off"} {
+		if state == "off" {
+			command(t, "", "virsh", "-q", "destroy", m.g.name)
+		}
+		m.flip()
+		m.verify(0)
+		m.states(hit)
+		out := command(t, "", "virtbackupctl", "repair", m.backups[0].ID)
+		if !strings.Contains(out, "65536 bytes at 1048576") || !strings.Contains(out, "the domain's disk") {
+			t.Errorf("%s: repair says: %s", state, out)
+		}
+		m.states(good)
+		m.exact()
+		m.killer.nothingLeft(m.g)
+	}
+	command(t, "", "virsh", "-q", "start", "--paused", m.g.name)
+	m.g.io("vda", "write -P 0xd8 1M 64k")
+	m.flip()
+	m.verify(0)
+	j := m.end(m.repair(dbus.RepairOptions{}))
+	if j.State != dbus.JobFailed || j.Error != dbus.ErrDamaged || !strings.Contains(j.ErrorMessage, "65536 bytes at 1048576") {
+		t.Errorf("nobody holds it any more: %s, %s", j.State, j.ErrorMessage)
+	}
+	m.states(hit)
+	m.killer.nothingLeft(m.g)
+	noGenerations(t, m.path)
+}
+
 // TestVerifiedByItself has a chain be old enough, and finds that it is verified
 // without anybody asking.
 func TestVerifiedByItself(t *testing.T) {

@@ -1,6 +1,7 @@
 // Package repair is the job that repairs a damaged backup, if somebody asks for
 // it: a worker writes its damaged images anew with what other backups of the
-// domain hold of the same, and exchanges them at once. Then they are read back.
+// domain, or its disks as they are now, hold of the same, and exchanges them at
+// once. Then they are read back.
 package repair
 
 import (
@@ -30,6 +31,7 @@ type Request struct {
 type Kind struct {
 	Catalog *catalog.Catalog
 	Errand  errand.Sender
+	Live    Live
 }
 
 // Its steps: from the first on there may be files, and from the second on the
@@ -62,9 +64,7 @@ func (k Kind) Run(ctx context.Context, h *job.Handle) error {
 	if err := h.Step(ctx, stepRepairing, nil); err != nil {
 		return err
 	}
-	result, err := k.Errand.Run(ctx, h, repo, transfer.Spec{
-		Operation: transfer.OperationRepair, Domain: b.Domain, Repair: &transfer.RepairSpec{Backup: b.ID, DryRun: r.DryRun},
-	})
+	result, err := k.write(ctx, h, repo, b, r)
 	if result == nil || result.Manifest == nil && len(result.Lost) == 0 {
 		return errors.Join(err, errNothing(result, err))
 	}
@@ -86,6 +86,24 @@ func (k Kind) Run(ctx context.Context, h *job.Handle) error {
 	return errors.Join(err, k.read(ctx, h, repo, b))
 }
 
+// write has a worker do it.
+func (k Kind) write(ctx context.Context, h *job.Handle, repo catalog.Repository, b catalog.Backup, r Request) (*transfer.Result, error) {
+	spec := transfer.RepairSpec{Backup: b.ID, DryRun: r.DryRun}
+	// A worker that a daemon before this one started has what it needs.
+	started, err := k.Errand.Started(ctx, h.Job().ID)
+	if err != nil {
+		return nil, err
+	}
+	if !started {
+		spec.Live = k.Live.start(ctx, h, b)
+	}
+	result, err := k.Errand.Run(ctx, h, repo, transfer.Spec{Operation: transfer.OperationRepair, Domain: b.Domain, Repair: &spec})
+	if errors.Is(err, job.ErrDetach) {
+		return nil, err
+	}
+	return result, errors.Join(err, k.Live.stop(ctx, h.Job().ID))
+}
+
 // errNothing is the error of a worker that neither failed nor said anything.
 func errNothing(result *transfer.Result, err error) error {
 	if err == nil && result != nil {
@@ -100,19 +118,19 @@ func tell(ctx context.Context, h *job.Handle, backup string, result *transfer.Re
 	if dryRun {
 		verb = "can be repaired"
 	}
-	donors := map[string]uint64{}
-	for _, f := range result.Repaired {
+	for _, f := range result.Repaired[:min(len(result.Repaired), mostTold)] {
 		if f.Donor == "" {
 			h.Log(ctx, slog.LevelInfo, fmt.Sprintf("disk %s of backup %s %s: all data is there, and only what says where it is is damaged", f.Target, backup, verb))
 			continue
 		}
-		donors[f.Target+" "+f.Donor] += f.Length
-		if len(donors) <= mostTold {
-			h.Log(ctx, slog.LevelInfo, fmt.Sprintf("disk %s of backup %s: %d bytes at %d: %s with what backup %s holds", f.Target, backup, f.Length, f.Offset, verb, f.Donor))
+		holder := "backup " + f.Donor + " holds"
+		if f.Donor == transfer.DonorLive {
+			holder = "the domain's disk holds now"
 		}
+		h.Log(ctx, slog.LevelInfo, fmt.Sprintf("disk %s of backup %s: %d bytes at %d: %s with what %s", f.Target, backup, f.Length, f.Offset, verb, holder))
 	}
 	for _, f := range result.Lost[:min(len(result.Lost), mostTold)] {
-		h.Log(ctx, slog.LevelWarn, fmt.Sprintf("disk %s of backup %s: %d bytes at %d are held by no other backup", f.Target, backup, f.Length, f.Offset))
+		h.Log(ctx, slog.LevelWarn, fmt.Sprintf("disk %s of backup %s: %d bytes at %d are held by no other backup, nor by the domain's disk", f.Target, backup, f.Length, f.Offset))
 	}
 	if len(result.Repaired) == 0 && len(result.Lost) == 0 {
 		h.Log(ctx, slog.LevelInfo, fmt.Sprintf("nothing of the disks of backup %s is damaged", backup))
@@ -163,6 +181,9 @@ func (k Kind) read(ctx context.Context, h *job.Handle, repo catalog.Repository, 
 func (k Kind) Undo(ctx context.Context, h *job.Handle) error {
 	if h.Job().Step == "" {
 		return nil
+	}
+	if err := k.Live.stop(ctx, h.Job().ID); err != nil {
+		return err
 	}
 	b, err := k.Catalog.Backup(ctx, h.Job().Backup)
 	if err != nil {

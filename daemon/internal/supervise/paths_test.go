@@ -27,6 +27,13 @@ func TestPaths(t *testing.T) {
 			readOnly:  []string{"/run/virtbackup/nbd", "/var/lib/libvirt/qemu/nvram", "/var/lib/virtbackup/manifest.key"},
 			readWrite: []string{"/srv/backup"},
 		},
+		"repair": {
+			spec: transfer.Spec{Operation: transfer.OperationRepair, Repository: repository, Repair: &transfer.RepairSpec{
+				Live: []transfer.BackupDisk{{Socket: "/run/virtbackup/exports/job/nbd.sock"}},
+			}},
+			readOnly:  []string{"/run/virtbackup/exports/job", "/var/lib/virtbackup/manifest.key"},
+			readWrite: []string{"/srv/backup"},
+		},
 		"restore": {
 			spec: transfer.Spec{Operation: transfer.OperationRestore, Repository: repository, Restore: &transfer.RestoreSpec{
 				Disks: []transfer.RestoreDisk{{Directory: "/images", Destination: "a.qcow2"}, {Directory: "/images", Destination: "b.qcow2"},

@@ -212,6 +212,11 @@ func paths(spec transfer.Spec) (readOnly, readWrite, devices []string) {
 			}
 		}
 	}
+	if r := spec.Repair; r != nil {
+		for _, d := range r.Live {
+			readOnly = append(readOnly, filepath.Dir(d.Socket))
+		}
+	}
 	if r := spec.Restore; r != nil {
 		for _, d := range r.Disks {
 			if d.Device {

@@ -137,7 +137,9 @@ func (w *worker) findDonors(ctx context.Context, r *repository.Repository, s *st
 	}
 	client, err := nbd.Dial(ctx, live.Socket, nbd.Options{Export: live.Export})
 	if err != nil {
-		return m, classify(ClassSource, err)
+		// That cannot be helped, and others may hold some of it.
+		w.log.Warn("what the domain's disk holds is not used", "error", err)
+		return m, ctx.Err()
 	}
 	return m, try(liveDonor{client})
 }

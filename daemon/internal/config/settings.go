@@ -25,7 +25,7 @@ type setting struct {
 // settings lists all keys. It is the only such list: the file is read, shown
 // and documented from it.
 func (c *Config) settings() []setting {
-	d, v, l, j, b, r, s, p := &c.Daemon, &c.Libvirt, &c.Limits, &c.Jobs, &c.Backup, &c.Restore, &c.Repositories, &c.Compression
+	d, v, l, j, b, r, s := &c.Daemon, &c.Libvirt, &c.Limits, &c.Jobs, &c.Backup, &c.Restore, &c.Repositories
 	return slices.Concat([]setting{
 		directory("daemon.state_directory", &d.StateDirectory, "Where the catalog and the key of the manifests are. Has to be on a local disk."),
 		directory("daemon.runtime_directory", &d.RuntimeDirectory, "Where sockets and the state of running jobs are. Has to be on a tmpfs."),
@@ -77,15 +77,21 @@ func (c *Config) settings() []setting {
 		{"metrics.textfile", &c.Metrics.Textfile, func() error { return checkTextfile(c.Metrics.Textfile) }, "an absolute path that ends in .prom, or \"\" for none", "Where the metrics of \"virtbackupctl metrics\" are written from time to time, for the textfile collector of Prometheus' node_exporter. The daemon cannot write below /usr and /etc."},
 		duration("metrics.interval", &c.Metrics.Interval, time.Second, 24*time.Hour, "How often they are."),
 
+		number("retention.most_at_once", &c.Retention.MostAtOnce, 1, 100000, "How many backups of a domain in a repository retention removes after one backup at most. \"virtbackupctl prune\" has no such limit."),
+	}, c.compressionSettings(), c.validationSettings(), c.verificationSettings())
+}
+
+// compressionSettings are those of compressing backups that were made already.
+func (c *Config) compressionSettings() []setting {
+	p := &c.Compression
+	return []setting{
 		toggle("compression.enabled", &p.Enabled, "Whether backups whose offering leaves that for later (compression time \"deferred\") are compressed by themselves. Who asks for it by \"virtbackupctl compress\" gets it anyway."),
 		number("compression.retries", &p.Retries, 0, 100, "How often it is tried again when it failed and may go well later."),
 		duration("compression.retry_interval", &p.RetryInterval, time.Second, 24*time.Hour, "How long after a failure."),
 		number("compression.threads", &p.Threads, 1, 8, "How many threads compress one backup, if its offering does not say."),
 		factor("compression.minimum_free", &p.MinimumFree, 0, 100, "How much must be free in the repository before it begins, as a multiple of what the backup takes, beside limits.minimum_free_repository."),
 		number("compression.rate", &p.Rate, 0, mostRate, "How many MB (1,000,000 bytes) of a backup are read per second for it, and as many written; 0 for no limit. The rates in [limits] hold as well."),
-
-		number("retention.most_at_once", &c.Retention.MostAtOnce, 1, 100000, "How many backups of a domain in a repository retention removes after one backup at most. \"virtbackupctl prune\" has no such limit."),
-	}, c.validationSettings(), c.verificationSettings())
+	}
 }
 
 // validationSettings are those of trying backups.

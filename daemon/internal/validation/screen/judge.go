@@ -16,9 +16,10 @@ type Judgement struct {
 
 // Judge reads a screen.
 func Judge(picture image.Image) Judgement {
-	lines := Text(picture)
-	j := JudgeText(lines)
-	if j.Failure == "" && (blank(picture) || slices.ContainsFunc(j.Text, func(l string) bool { return strings.Contains(l, "Guest has not initialized the display") })) {
+	p := plain(picture)
+	dots := colours(p)
+	j := JudgeText(text(dots, p.Rect.Dx(), p.Rect.Dy()))
+	if j.Failure == "" && (blank(dots) || slices.ContainsFunc(j.Text, func(l string) bool { return strings.Contains(l, "Guest has not initialized the display") })) {
 		j.Blank = true // the words are QEMU's own
 	}
 	return j
@@ -28,14 +29,27 @@ func Judge(picture image.Image) Judgement {
 // a cursor does.
 const speck = 5_000
 
-func blank(picture image.Image) bool {
-	counts, dots := map[uint32]int{}, colours(plain(picture))
-	most := 0
+func blank(dots []uint32) bool {
+	// If one colour has more than half of all, this finds it (Boyer and Moore).
+	var common uint32
+	votes := 0
 	for _, c := range dots {
-		counts[c]++
-		most = max(most, counts[c])
+		switch {
+		case votes == 0:
+			common, votes = c, 1
+		case c == common:
+			votes++
+		default:
+			votes--
+		}
 	}
-	return len(dots)-most <= len(dots)/speck
+	others := 0
+	for _, c := range dots {
+		if c != common {
+			others++
+		}
+	}
+	return others <= len(dots)/speck
 }
 
 // sign is how a system says that it did not start.

@@ -19,7 +19,6 @@ import (
 	"errors"
 	"fmt"
 	"image"
-	"image/color"
 	"image/draw"
 	"image/png"
 )
@@ -125,9 +124,9 @@ func plain(picture image.Image) *image.NRGBA {
 func colours(p *image.NRGBA) []uint32 {
 	all := make([]uint32, p.Rect.Dx()*p.Rect.Dy())
 	for y := range p.Rect.Dy() {
+		row := p.Pix[y*p.Stride:]
 		for x := range p.Rect.Dx() {
-			c := color.NRGBAModel.Convert(p.NRGBAAt(x, y)).(color.NRGBA)
-			all[y*p.Rect.Dx()+x] = uint32(c.R)<<16 | uint32(c.G)<<8 | uint32(c.B)
+			all[y*p.Rect.Dx()+x] = uint32(row[4*x])<<16 | uint32(row[4*x+1])<<8 | uint32(row[4*x+2])
 		}
 	}
 	return all

@@ -189,10 +189,13 @@ func (g grid) score(dots []uint32, stride int) int {
 // screen that shows no text.
 func Text(picture image.Image) []string {
 	p := plain(picture)
-	dots, stride := colours(p), p.Rect.Dx()
+	return text(colours(p), p.Rect.Dx(), p.Rect.Dy())
+}
+
+func text(dots []uint32, stride, height int) []string {
 	var best grid
 	most := 0
-	for _, g := range grids(p.Rect.Dx(), p.Rect.Dy()) {
+	for _, g := range grids(stride, height) {
 		if n := g.score(dots, stride); n > most {
 			best, most = g, n
 		}

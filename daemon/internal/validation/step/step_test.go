@@ -152,10 +152,10 @@ func TestExitCodeCountsWhereNoOutputIsExpected(t *testing.T) {
 
 // TestPanicIsNotWaitedFor has the screen tell that nobody will answer any more.
 func TestPanicIsNotWaitedFor(t *testing.T) {
-	for file, want := range map[string]time.Duration{"panic.png": 22 * time.Second, "up.png": 2 * time.Minute, "paused.png": 2 * time.Minute} {
+	for file, want := range map[string]time.Duration{"panic.png": 22 * time.Second, "up.png": time.Minute, "paused.png": time.Minute} {
 		synctest.Test(t, func(t *testing.T) {
 			start, g := time.Now(), &guest{ping: never(ErrSilent), screen: file}
-			f := boot{2 * time.Minute, true}.Run(t.Context(), g, nil)
+			f := boot{time.Minute, true}.Run(t.Context(), g, nil)
 			if took := time.Since(start); f.Verdict != NotValid || took > want || took < want/2 {
 				t.Errorf("%s: %s after %s: %s", file, f.Verdict, took, f.Cause)
 			}

@@ -27,7 +27,11 @@ func expect(kind chain.Kind, compression string, of hypervisor.Disk, last *catal
 	if last != nil {
 		for _, i := range last.Images {
 			if i.Target == of.Target && i.Kind == kind {
-				return min(i.StoredBytes, all)
+				stored := i.StoredBytes
+				if compression == string(dbus.CompressionNone) {
+					stored = max(stored, i.DataBytes) // it was compressed meanwhile
+				}
+				return min(stored, all)
 			}
 		}
 	}

@@ -4,7 +4,9 @@ import (
 	"context"
 	"database/sql"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"time"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 )
@@ -20,14 +22,14 @@ const (
 	CompressionFailed CompressionState = "failed"
 )
 
-// DueCompressions returns the complete backups that are to be compressed, the
+// DueCompressions returns the complete backups that are to be compressed now, the
 // oldest first, so many at most. Those in storage that is known not to be there
 // are not due.
-func (c *Catalog) DueCompressions(ctx context.Context, most int) (list []Backup, err error) {
+func (c *Catalog) DueCompressions(ctx context.Context, now time.Time, most int) (list []Backup, err error) {
 	err = c.read(ctx, "list backups to be compressed", func(tx *sql.Tx) (err error) {
 		list, err = collect(ctx, tx, scanBackup, "SELECT "+backupColumns+` FROM backups
-			WHERE compression_state = 'due' AND state = 'complete'
-			AND repository IN (SELECT id FROM repositories WHERE state IN ('online', 'slow', 'unknown')) ORDER BY id LIMIT ?`, most)
+			WHERE compression_state = 'due' AND state = 'complete' AND compression_next <= ?
+			AND repository IN (SELECT id FROM repositories WHERE state IN ('online', 'slow', 'unknown')) ORDER BY id LIMIT ?`, toMicro(now), most)
 		return err
 	})
 	return list, err
@@ -65,10 +67,29 @@ func rewritten(ctx context.Context, tx *sql.Tx, done Compressed) error {
 		data_bytes = (SELECT sum(data_bytes) FROM images WHERE backup = ?1)`, string(done.Manifest))
 }
 
-// CompressionFailed records why a backup is not compressed. ErrState: it is not complete.
+// CompressionFailed records why a backup is not compressed that was to be, for
+// good. ErrState: it is not complete, or was not to be.
 func (c *Catalog) CompressionFailed(ctx context.Context, id, why string) error {
-	return c.write(ctx, "record that backup "+id+" cannot be compressed", func(tx *sql.Tx) error {
-		return setCompression(ctx, tx, id, "compression_state = 'failed', compression_error = ?2", why)
+	return c.notCompressed(ctx, id, CompressionFailed, why, time.Time{})
+}
+
+// PutOffCompression records why a backup is not compressed yet that is to be, and
+// when it is due again. ErrState: as of CompressionFailed.
+func (c *Catalog) PutOffCompression(ctx context.Context, id, why string, until time.Time) error {
+	return c.notCompressed(ctx, id, CompressionDue, why, until)
+}
+
+func (c *Catalog) notCompressed(ctx context.Context, id string, state CompressionState, why string, until time.Time) error {
+	return c.write(ctx, "record that backup "+id+" is not compressed", func(tx *sql.Tx) error {
+		if err := mustExist(ctx, tx, "backup", "backups", "id", id); err != nil {
+			return err
+		}
+		err := exactlyOne(tx.ExecContext(ctx, `UPDATE backups SET compression_state = ?, compression_error = ?, compression_next = ?
+			WHERE id = ? AND compression_state = 'due' AND state = 'complete'`, state, why, toMicro(until), id))
+		if errors.Is(err, ErrNotFound) {
+			return fmt.Errorf("it is not to be compressed: %w", ErrState)
+		}
+		return err
 	})
 }
 
@@ -87,7 +108,7 @@ func setCompression(ctx context.Context, tx *sql.Tx, id, set string, arg any) er
 // dueAfterMerge has a backup compressed again that has taken over what was not.
 func dueAfterMerge(ctx context.Context, tx *sql.Tx, m chain.Merge) error {
 	for _, id := range m.Drop {
-		_, err := tx.ExecContext(ctx, `UPDATE backups SET compression_state = 'due' WHERE id = ?1 AND compression_state = 'done'
+		_, err := tx.ExecContext(ctx, `UPDATE backups SET compression_state = 'due', compression_next = 0 WHERE id = ?1 AND compression_state = 'done'
 			AND EXISTS (SELECT 1 FROM backups AS d WHERE d.id = ?2 AND d.compression_state <> 'done'
 				AND NOT (d.compression_time = 'inline' AND d.compression <> 'none'))`, m.Into, id)
 		if err != nil {

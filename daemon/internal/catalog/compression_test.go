@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
 )
@@ -18,7 +19,7 @@ func TestCompression(t *testing.T) {
 	fixture(t, c)
 	due := func(want ...string) {
 		t.Helper()
-		list, err := c.DueCompressions(ctx, 10)
+		list, err := c.DueCompressions(ctx, epoch, 10)
 		must(t, err)
 		var ids []string
 		for _, b := range list {
@@ -41,7 +42,13 @@ func TestCompression(t *testing.T) {
 	if b.CompressionState != CompressionDone || b.StoredBytes != 2 || b.DataBytes != 6 || string(b.Manifest) != `{"format":2}` || b.Cause != chain.FirstBackup {
 		t.Errorf("%+v", b)
 	}
+	must(t, c.PutOffCompression(ctx, "b2", "away", epoch.Add(time.Hour)))
+	due()
+	must(t, c.PutOffCompression(ctx, "b2", "away", epoch))
+	due("b2")
 	must(t, c.CompressionFailed(ctx, "b2", "no room"))
+	mustBe(t, ErrState, c.CompressionFailed(ctx, "b2", "once more"))
+	mustBe(t, ErrState, c.CompressionFailed(ctx, "b1", "somebody asked to compress it again"))
 	due()
 	// What takes over something plain is to be compressed again.
 	must(t, c.CompressedBackup(ctx, Compressed{Backup: "b2", Images: []MergedImage{{Target: "vda", Kind: chain.Incremental, Changes: chain.CBT, StoredBytes: 2}}}))
@@ -57,7 +64,8 @@ func TestCompression(t *testing.T) {
 	due()
 	must(t, c.DeleteBackups(ctx, []string{"b1"}))
 	must(t, c.CompressedBackup(ctx, Compressed{Backup: "b3", Images: []MergedImage{{Target: "vda", Kind: chain.Incremental, Changes: chain.CBT, StoredBytes: 2}}}))
-	must(t, c.CompressionFailed(ctx, "b2", "no room"))
+	_, err = c.writer.ExecContext(ctx, "UPDATE backups SET compression_state = 'failed' WHERE id = 'b2'")
+	must(t, err)
 	merge("b3", "b2", "")
 	due("b3")
 	mustBe(t, ErrState, c.CompressionFailed(ctx, "b2", "it is being deleted"))
@@ -73,7 +81,7 @@ func TestCompressionWaitsForStorage(t *testing.T) {
 	take(t, c, deferred(fullBackup("b1")))
 	for state, want := range map[string]int{"online": 1, "hung": 0, "gone": 0, "slow": 1, "full": 0} {
 		must(t, c.FoundRepository(ctx, "r1", Finding{State: state, Checked: epoch}))
-		if list, err := c.DueCompressions(ctx, 10); err != nil || len(list) != want {
+		if list, err := c.DueCompressions(ctx, epoch, 10); err != nil || len(list) != want {
 			t.Errorf("%s: %d are due, %v", state, len(list), err)
 		}
 	}

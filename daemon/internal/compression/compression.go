@@ -53,12 +53,12 @@ const mostDue = 100
 func (Kind) Name() string { return "compression" }
 
 // Due returns a job for each backup that is to be compressed.
-func (k Kind) Due(ctx context.Context, _ time.Time) ([]job.Request, error) {
+func (k Kind) Due(ctx context.Context, now time.Time) ([]job.Request, error) {
 	s := k.Settings()
 	if !s.Enabled {
 		return nil, nil
 	}
-	backups, err := k.Catalog.DueCompressions(ctx, mostDue)
+	backups, err := k.Catalog.DueCompressions(ctx, now, mostDue)
 	var due []job.Request
 	for _, b := range backups {
 		r := NewJob(b, Request{Compression: b.Compression, Level: b.Level})
@@ -85,16 +85,19 @@ func (k Kind) Run(ctx context.Context, h *job.Handle) error {
 	if err := json.Unmarshal(h.Job().Spec, &r); err != nil {
 		return fmt.Errorf("cannot read the job's request: %w", err)
 	}
-	b, err := k.Catalog.Backup(ctx, h.Job().Backup)
+	// Also for a job that was just cancelled: its worker is to be followed to its end.
+	b, repo, err := k.subject(context.WithoutCancel(ctx), h)
+	if errors.Is(err, catalog.ErrNotFound) || err == nil && (b.State != chain.Complete || b.CompressionState != catalog.CompressionDue) {
+		if h.Job().Origin == catalog.OriginSystem && h.Job().Step == "" {
+			h.Log(ctx, slog.LevelInfo, "there is nothing to compress any more")
+			return nil
+		}
+	}
 	if err != nil {
 		return failure.Named(err)
 	}
 	if b.State != chain.Complete {
-		return failure.Errorf(dbus.ErrDamaged, "backup %s is %s, and only complete ones are compressed", b.ID, b.State)
-	}
-	repo, err := k.Catalog.Repository(ctx, b.Repository)
-	if err != nil {
-		return failure.Named(err)
+		return failure.Errorf(dbus.ErrBusy, "backup %s is %s, and only complete ones are compressed", b.ID, b.State)
 	}
 	if err := h.Step(ctx, stepCompressing, nil); err != nil {
 		return err
@@ -114,6 +117,14 @@ func (k Kind) Run(ctx context.Context, h *job.Handle) error {
 		return err
 	}
 	return k.record(ctx, h, b, result)
+}
+
+// subject is what a job is about.
+func (k Kind) subject(ctx context.Context, h *job.Handle) (b catalog.Backup, r catalog.Repository, err error) {
+	if b, err = k.Catalog.Backup(ctx, h.Job().Backup); err == nil {
+		r, err = k.Catalog.Repository(ctx, b.Repository)
+	}
+	return b, r, err
 }
 
 // record records how the backup is stored now. Also when the job was just
@@ -159,40 +170,64 @@ func compressed(m *repository.Manifest) (catalog.Compressed, error) {
 // images all the same. When the repository cannot be asked, the next try finds
 // out: it begins with that.
 func (k Kind) Undo(ctx context.Context, h *job.Handle) error {
+	var unknown error
 	if h.Job().Step != "" {
-		done, err := k.settle(ctx, h)
-		if err != nil {
-			h.Logger().WarnContext(ctx, "cannot tell how the backup is stored now; the next try does", "error", err)
-		}
-		if done || err != nil {
+		var done bool
+		if done, unknown = k.settle(ctx, h); done || ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
+		if unknown != nil {
+			h.Logger().WarnContext(ctx, "cannot tell how the backup is stored now; the next try does", "error", unknown)
+		}
 	}
-	// It stays due while the repository is away.
-	if h.Job().Again || failure.Passing(h.Failure()) && !errors.Is(h.Failure(), dbus.ErrRepositoryFull) {
+	why := h.Failure()
+	switch {
+	case h.Job().Again:
 		return nil
+	case errors.Is(why, dbus.ErrCancelled): // nobody asked for that: a worker was ended when the job gave way
+		return nil
+	case errors.Is(why, job.ErrCancelled):
+		return k.withdrawn(ctx, h.Job().Backup)
+	case unknown != nil || failure.Passing(why):
+		return ended(k.Catalog.PutOffCompression(ctx, h.Job().Backup, why.Error(), time.Now().Add(pause)))
 	}
-	err := k.Catalog.CompressionFailed(ctx, h.Job().Backup, h.Failure().Error())
+	return ended(k.Catalog.CompressionFailed(ctx, h.Job().Backup, why.Error()))
+}
+
+// pause is how long after a job used up its tries another one begins.
+const pause = 24 * time.Hour
+
+// Withdrawn makes it a job.Withdrawer: what somebody has cancelled does not come
+// again by itself.
+func (k Kind) Withdrawn(ctx context.Context, j catalog.Job) error { return k.withdrawn(ctx, j.Backup) }
+
+func (k Kind) withdrawn(ctx context.Context, backup string) error {
+	return ended(k.Catalog.CompressionFailed(ctx, backup, "somebody cancelled it"))
+}
+
+// ended is fine with a backup that is not to be compressed, or not any more.
+func ended(err error) error {
 	if errors.Is(err, catalog.ErrState) || errors.Is(err, catalog.ErrNotFound) {
-		return nil // the backup is being deleted
+		return nil
 	}
 	return err
 }
 
 // settle clears up, and tells whether the backup is compressed.
 func (k Kind) settle(ctx context.Context, h *job.Handle) (done bool, err error) {
-	b, err := k.Catalog.Backup(ctx, h.Job().Backup)
-	if err != nil {
-		return false, err
-	}
-	repo, err := k.Catalog.Repository(ctx, b.Repository)
+	b, repo, err := k.subject(ctx, h)
 	if err != nil {
 		return false, err
 	}
 	// In the names of these there may be files and a claim.
-	_, err = k.Errand.Run(ctx, h, repo, transfer.Spec{
-		Operation: transfer.OperationDiscard, Domain: b.Domain, Backups: []string{b.ID, h.Job().ID},
-	})
+	discard := transfer.Spec{Operation: transfer.OperationDiscard, Domain: b.Domain, Backups: []string{b.ID, h.Job().ID}}
+	before, err := k.Errand.Started(ctx, h.Job().ID)
+	if err != nil {
+		return false, err
+	}
+	if _, err = k.Errand.Run(ctx, h, repo, discard); before { // it was the worker that compresses
+		_, err = k.Errand.Run(ctx, h, repo, discard)
+	}
 	if err != nil {
 		return false, err
 	}

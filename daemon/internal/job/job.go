@@ -45,6 +45,13 @@ type Retrier interface {
 	Again(j catalog.Job) (backup string)
 }
 
+// Withdrawer is a Kind that wants to know of jobs that were cancelled while they
+// waited, to begin or to begin anew: neither Run nor Undo is called for those.
+type Withdrawer interface {
+	// Withdrawn is called before the job ends.
+	Withdrawn(ctx context.Context, j catalog.Job) error
+}
+
 // NamedError is an error with a name for the bus, which is the job's error name then.
 type NamedError interface {
 	error

@@ -115,10 +115,6 @@ func (s situation) admit() verdict {
 	v := verdict{waiting: make([]string, len(s.queue))}
 	work := s.newWork()
 	first := map[string]int{} // of each domain, the job whose turn it is
-	running := map[string]int{}
-	for i, p := range s.running {
-		running[p.Domain] = i
-	}
 	urgency := make([]int, len(s.queue))
 	urgent := map[string]int{}
 	var order []int
@@ -151,15 +147,34 @@ func (s situation) admit() verdict {
 		if reason == "" && any && turn != i {
 			reason = waitsFor(s.queue[turn])
 		}
-		if other, busy := running[p.Domain]; busy && any && turn == i && !p.yields && s.running[other].yields && work.without(s.running[other]).full(p) == "" {
-			v.yield = append(v.yield, other)
-		}
 		if v.waiting[i] = reason; reason == "" {
 			v.start = append(v.start, i)
 			work.add(p)
 		}
 	}
+	v.yield = s.giveWay(order, first, work)
 	return v
+}
+
+// giveWay returns which of those that run give way: each to the job of its domain
+// whose turn it is, if that can start then, beside what runs, what starts, and
+// what others give way to.
+func (s situation) giveWay(order []int, first map[string]int, after *work) (all []int) {
+	for _, i := range order {
+		p := s.queue[i]
+		if turn, any := first[p.Domain]; !any || turn != i || p.yields {
+			continue
+		}
+		other := slices.IndexFunc(s.running, func(r place) bool { return r.Domain == p.Domain && r.yields })
+		if other < 0 {
+			continue
+		}
+		if next := after.without(s.running[other]); next.full(p) == "" {
+			next.add(p)
+			all, after = append(all, other), next
+		}
+	}
+	return all
 }
 
 // putOff says why a job is not to start now, whatever else runs, and until when
@@ -219,7 +234,7 @@ func (w *work) obstacle(p place) string {
 
 // without is what is left when one has ended.
 func (w *work) without(p place) *work {
-	left := &work{limits: w.limits, ofClass: maps.Clone(w.ofClass), ofRepository: maps.Clone(w.ofRepository)}
+	left := &work{limits: w.limits, ofClass: maps.Clone(w.ofClass), ofRepository: maps.Clone(w.ofRepository), ofDomain: maps.Clone(w.ofDomain)}
 	left.ofClass[p.class]--
 	left.ofRepository[p.Repository]--
 	return left

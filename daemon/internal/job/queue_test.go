@@ -134,25 +134,29 @@ func TestAdmission(t *testing.T) {
 // checkYields holds what gives way against the rule: a job that nobody waits
 // for gives way to one of its domain that could start then, and to nothing else.
 func checkYields(rt *rapid.T, s situation, v verdict) {
-	work := s.newWork()
+	after := s.newWork()
 	for _, i := range v.start {
-		work.add(s.queue[i])
+		after.add(s.queue[i])
 	}
 	for _, i := range v.yield {
 		r := s.running[i]
-		wanted := slices.ContainsFunc(s.queue, func(p place) bool {
+		wanted := slices.IndexFunc(s.queue, func(p place) bool {
 			reason, _ := s.putOff(p)
 			return p.Domain == r.Domain && !p.yields && reason == ""
 		})
-		if !r.yields || r.Domain == "" || !wanted {
+		if !r.yields || r.Domain == "" || wanted < 0 {
 			rt.Fatalf("%s gives way to nobody", r.ID)
 		}
+		if after = after.without(r); after.full(s.queue[wanted]) != "" {
+			rt.Fatalf("%s gives way to %s, which cannot start: %s", r.ID, s.queue[wanted].ID, after.full(s.queue[wanted]))
+		}
+		after.add(s.queue[wanted])
 	}
 	for i, r := range s.running {
 		for j, p := range s.queue {
 			putOff, _ := s.putOff(p)
 			if r.yields && !p.yields && r.Domain != "" && p.Domain == r.Domain && putOff == "" &&
-				!slices.Contains(v.yield, i) && work.without(r).full(p) == "" && !slices.ContainsFunc(s.queue[:j], func(o place) bool {
+				!slices.Contains(v.yield, i) && after.without(r).full(p) == "" && !slices.ContainsFunc(s.queue[:j], func(o place) bool {
 				reason, _ := s.putOff(o)
 				return o.Domain == p.Domain && !o.yields && reason == ""
 			}) {

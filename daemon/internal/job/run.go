@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
+	"strings"
 	"time"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
@@ -52,7 +53,7 @@ func (e *Engine) execute(ctx context.Context, cancel context.CancelCauseFunc, en
 	if !known { // another version's
 		kind = unknownKind{}
 	}
-	why := failure{h.job.ErrorName, errors.New(h.job.ErrorMessage), h.job.Again}
+	why := failure{h.job.ErrorName, recordedError{h.job.ErrorName, h.job.ErrorMessage}, h.job.Again}
 	if !h.job.Undoing {
 		if why.err = e.attempt(ctx, cancel, h, kind); why.err == nil {
 			e.end(en, catalog.JobSucceeded, failure{})
@@ -107,7 +108,8 @@ func (e *Engine) undo(en *entry, kind Kind, why failure) {
 		if e.yieldPlace(en, h) {
 			return
 		}
-		why = failure{name: nameCancelled, err: ErrCancelled} // meanwhile
+		e.withdrawn(en) // meanwhile
+		why = failure{name: nameCancelled, err: ErrCancelled}
 	case e.tryAgain(en, kind, h, why):
 		return
 	}
@@ -167,7 +169,23 @@ func (e *Engine) reload(en *entry) (*Handle, error) {
 }
 
 func (e *Engine) endCancelled(en *entry) {
+	e.withdrawn(en)
 	e.end(en, catalog.JobCancelled, failure{name: nameCancelled, err: ErrCancelled})
+}
+
+// withdrawn tells a job's kind that it was cancelled while it waited.
+func (e *Engine) withdrawn(en *entry) {
+	h, err := e.reload(en)
+	if err != nil {
+		return // the daemon goes down, and it is ended after the restart
+	}
+	w, wants := e.kinds[h.job.Kind].(Withdrawer)
+	if !wants {
+		return
+	}
+	if err := guard(h, func() error { return w.Withdrawn(context.WithoutCancel(e.base), h.job) }); err != nil {
+		h.logger.Error("cannot take note that the job was cancelled", "error", err)
+	}
 }
 
 // end records a job's end, and lets others run.
@@ -236,6 +254,17 @@ func (e *Engine) reason(ctx context.Context, h *Handle, kind Kind, err error) fa
 	}
 	why.again = e.mayTryAgain(kind, h.job, why.err)
 	return why
+}
+
+// recordedError is a failure of a job as it was recorded before a restart.
+type recordedError struct{ name, message string }
+
+func (r recordedError) Error() string     { return r.message }
+func (r recordedError) ErrorName() string { return r.name }
+
+// Is tells of the errors of the bus by their names, and of a cancel.
+func (r recordedError) Is(target error) bool {
+	return r.name == nameCancelled && target == ErrCancelled || r.name != "" && strings.HasSuffix(target.Error(), ".Error."+r.name)
 }
 
 // panicError is a panic of a kind: a mistake of ours, which must not take the other jobs down.

@@ -51,14 +51,22 @@ func shares(s transfer.Spec) bool {
 	return s.Most > 0
 }
 
-// promised is how much the other backups in a repository are still expected to take.
+// promised is how much the other backups in a repository are still expected to
+// take that are being made, or compressed.
 func promised(working []atWork, of transfer.Spec) uint64 {
 	var all []share.Promise
 	for _, w := range working {
-		if w.spec.Backup == nil || w.spec.Repository.Path != of.Repository.Path {
+		p := share.Promise{}
+		switch {
+		case w.spec.Repository.Path != of.Repository.Path:
+			continue
+		case w.spec.Backup != nil:
+			p.Expected = w.spec.Backup.Expected
+		case w.spec.Compress != nil:
+			p.Expected = w.spec.Compress.Free
+		default:
 			continue
 		}
-		p := share.Promise{Expected: w.spec.Backup.Expected}
 		status, _ := transfer.ReadStatus(w.directory) // before the first, nothing is written
 		for _, d := range status.Disks {
 			p.Written += d.Written

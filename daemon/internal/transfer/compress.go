@@ -17,7 +17,7 @@ func (w *worker) compress(ctx context.Context) error {
 		return fail(ClassInternal, "the specification does not say how to compress")
 	}
 	m := &merging{
-		backup:    &backup{worker: w, BackupSpec: &BackupSpec{Compression: s.Compression, Level: s.Level, Threads: s.Threads, Expected: s.Free}},
+		backup:    &backup{worker: w, BackupSpec: &BackupSpec{Compression: s.Compression, Level: s.Level, Threads: s.Threads}},
 		MergeSpec: &MergeSpec{Into: s.Backup}, pack: true,
 	}
 	return m.run(ctx, func(now *repository.Manifest) error {
@@ -25,8 +25,22 @@ func (w *worker) compress(ctx context.Context) error {
 			return errDone
 		}
 		m.Base = now.Parent
-		return m.room()
+		return m.compressible(s.Free)
 	})
+}
+
+// compressible fails if what must be free to compress the backup is not there.
+func (m *merging) compressible(need uint64) error {
+	free, _, err := m.repo.Space()
+	if err != nil {
+		return inRepository(err)
+	}
+	r := m.spec.Repository
+	if free < r.MinimumFree+r.Promised+need {
+		return fail(ClassFull, "the repository %q has %d MiB free: to compress the backup %d MiB must be (compression.minimum_free), backups that are being made take %d MiB more, and %d MiB must stay free",
+			r.Name, free>>20, need>>20, r.Promised>>20, r.MinimumFree>>20)
+	}
+	return nil
 }
 
 // plain is how much data lies uncompressed in the disk's own image, in bytes.

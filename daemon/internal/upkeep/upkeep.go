@@ -81,6 +81,7 @@ func (k *Keeper) Run(ctx context.Context) {
 // look submits what is due now.
 func (k *Keeper) look(ctx context.Context, now time.Time) {
 	for _, c := range k.Chores {
+		active := k.Jobs.Active() // before: what ends meanwhile is no longer due, or is next time
 		due, err := c.Due(ctx, now)
 		if err != nil {
 			if ctx.Err() == nil {
@@ -88,7 +89,7 @@ func (k *Keeper) look(ctx context.Context, now time.Time) {
 			}
 			continue
 		}
-		for _, r := range missing(due, k.Jobs.Active()) {
+		for _, r := range missing(due, active) {
 			if _, err := k.Jobs.Submit(ctx, r); err != nil {
 				if ctx.Err() == nil {
 					k.Log.WarnContext(ctx, "cannot start what is due; it is tried again", "chore", c.Name(), "error", err)
@@ -108,7 +109,7 @@ func missing(due []job.Request, active []job.Status) []job.Request {
 	known, count := map[about]bool{}, map[string]int{}
 	for _, s := range active {
 		known[about{s.Kind, s.Domain, s.Repository, s.Backup}] = true
-		if s.Origin == catalog.OriginSystem {
+		if s.Origin == catalog.OriginSystem && s.NextTry.IsZero() { // one that waits for its next try holds up nobody
 			count[s.Kind]++
 		}
 	}

@@ -238,9 +238,15 @@ func (k *Kind) Undo(ctx context.Context, h *job.Handle) error {
 	if !errors.Is(h.Failure(), job.ErrCancelled) || h.Job().Again {
 		return nil
 	}
+	return k.Withdrawn(ctx, h.Job())
+}
+
+// Withdrawn makes it a job.Withdrawer: what somebody has cancelled does not come
+// again by itself before its time.
+func (k *Kind) Withdrawn(ctx context.Context, j catalog.Job) error {
 	now := time.Now()
 	err := k.Catalog.RecordValidation(ctx, catalog.ValidationRecord{
-		ID: ulid.Make().String(), Backup: h.Job().Backup, Job: h.Job().ID, Started: h.Job().Started,
+		ID: ulid.Make().String(), Backup: j.Backup, Job: j.ID, Started: now,
 		ValidationSummary: catalog.ValidationSummary{Result: catalog.Unable, Cause: "somebody cancelled it", Finished: now},
 	}, nil)
 	if errors.Is(err, catalog.ErrNotFound) {

@@ -10,7 +10,9 @@ ALTER TABLE jobs ADD COLUMN yielded INTEGER NOT NULL DEFAULT 0; -- how often it 
 
 -- Whether data is still to be compressed, by a job after the backup; '' if none was to be.
 ALTER TABLE backups ADD COLUMN compression_state TEXT NOT NULL DEFAULT '' CHECK (compression_state IN ('', 'due', 'done', 'failed'));
-ALTER TABLE backups ADD COLUMN compression_error TEXT NOT NULL DEFAULT ''; -- why it failed
+ALTER TABLE backups ADD COLUMN compression_error TEXT NOT NULL DEFAULT ''; -- why it failed, or was put off
+ALTER TABLE backups ADD COLUMN compression_next INTEGER NOT NULL DEFAULT 0; -- not due before
+UPDATE backups SET compression_state = 'due' WHERE compression_time = 'deferred' AND compression <> 'none' AND state = 'complete' AND pin = '';
 CREATE INDEX backups_compression ON backups (id) WHERE compression_state = 'due';
 
 

@@ -35,7 +35,7 @@ var validationFaults = []struct {
 }{
 	{fault{"daemon-kill", (*killer).killDaemon, (*killer).awaitDaemon, []string{theDaemon}, succeeds}, []string{"running"}},
 	{fault{"worker-kill", (*killer).killWorker, nil, nil, nil}, []string{"opening", "running"}},
-	{fault{"cancel", (*killer).cancel, nil, nil, nil}, []string{"starting", "running"}},
+	{fault{"cancel", (*killer).cancel, nil, nil, nil}, []string{"starting"}},
 	{fault{"qemu-kill", (*killer).killValidation, nil, nil, nil}, []string{"running"}},
 	{fault{"destroy", (*killer).destroyValidation, nil, nil, nil}, nil},
 	{fault{"libvirtd-restart", (*killer).restartLibvirtd, (*killer).awaitLibvirtd, []string{qemu}, nil}, []string{"starting", "running"}},
@@ -128,6 +128,7 @@ func TestValidationKilled(t *testing.T) {
 	t.Run("nobody's domain", func(t *testing.T) { k.nobodysDomain(t, b) }) // another try, too
 	k.retarget(t)
 	k.chainIsExact(b, held)
+	t.Run("gives way", k.validationYields)
 }
 
 func (k *killer) tryValidation(t *testing.T, f fault, s step, b dbus.BackupProperties) {
@@ -258,6 +259,49 @@ func (k *killer) nobodysDomain(t *testing.T, b dbus.BackupProperties) {
 	if out := command(t, "", "sh", "-c", "strings -n 36 /var/lib/virtbackup/catalog.sqlite* | grep -c "+uuid+" || :"); out != "0" {
 		t.Errorf("the catalog tells of it: %s", out)
 	}
+}
+
+// validationYields has a backup come while one before it is tried because its
+// offering says so: nobody waits for that, so it gives way, and is begun again.
+func (k *killer) validationYields(t *testing.T) {
+	k.retarget(t)
+	validate := func(yes bool) {
+		k.set(dbus.OfferingOptions{Overrides: dbus.Overrides{Validation: dbus.Validation{Validate: &yes, ValidationSteps: &[]string{"wait_for_boot"}}}})
+	}
+	validate(true)
+	assign(t, k.host, k.g)
+	running := k.trap(validationSteps[3])
+	b := k.backup(k.g, dbus.BackupOptions{})
+	running.wait()
+	operation := dbus.OperationValidate
+	find := func() (found dbus.JobProperties) {
+		for j, err := range k.Jobs(t.Context(), dbus.JobFilter{Domain: k.g.uuid, Operation: &operation}) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			if j.Backup == b.ID {
+				return j
+			}
+		}
+		t.Fatal("no job tries it")
+		return found
+	}
+	first := find()
+	if first.State != dbus.JobRunning || first.Origin != dbus.OriginSystem {
+		t.Errorf("%+v", first)
+	}
+	validate(false) // of the next one
+	next := k.start(k.g, dbus.BackupOptions{})
+	k.waits(next, first.ID) // which is asked to give way
+	running.letGo()
+	k.made(k.end(next))
+	if again := find(); again.State != dbus.JobQueued && again.State != dbus.JobRunning {
+		t.Errorf("it did not give way: %+v", again)
+	}
+	if j := k.end(first.ID); j.State != dbus.JobSucceeded || j.Attempt != 1 {
+		t.Errorf("it is %s at attempt %d: %v", j.State, j.Attempt, j.Err())
+	}
+	k.nothingLeftOfValidation(b)
 }
 
 // TestValidationOfUnusedFirmware tries a backup of a domain with UEFI and a TPM that

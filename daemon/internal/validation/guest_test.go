@@ -180,3 +180,30 @@ func TestUUIDOf(t *testing.T) {
 		t.Errorf("%s, %s", a, b)
 	}
 }
+
+// restarted is a libvirt that is restarted while a domain is to be ended.
+type restarted struct {
+	Hypervisor
+	away int // that so many calls do not reach it
+}
+
+func (r *restarted) EndValidation(ctx context.Context, _ string) error {
+	if r.away--; r.away >= 0 {
+		return errors.New("client socket is closed")
+	}
+	return ctx.Err()
+}
+
+func TestEndDomain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k := New(Deps{Hypervisor: &restarted{away: 3}})
+		if err := k.endDomain(t.Context(), testUUID); err != nil {
+			t.Error(err)
+		}
+		k = New(Deps{Hypervisor: &restarted{away: 1 << 30}})
+		begun := time.Now()
+		if err := k.endDomain(t.Context(), testUUID); err == nil || time.Since(begun) > startLimit+endAgain {
+			t.Errorf("%v, after %v", err, time.Since(begun))
+		}
+	})
+}

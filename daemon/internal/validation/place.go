@@ -10,6 +10,7 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/oklog/ulid/v2"
 	"golang.org/x/sys/unix"
@@ -148,15 +149,31 @@ func (t *trial) giveTPM() error {
 // clear ends and removes whatever there is of a job.
 func (k *Kind) clear(ctx context.Context, jobID, uuid string) error {
 	// First who reads, then who serves, then what both have open.
-	limited, cancel := context.WithTimeout(ctx, startLimit)
-	defer cancel()
-	if err := k.Hypervisor.EndValidation(limited, uuid); err != nil {
+	if err := k.endDomain(ctx, uuid); err != nil {
 		return err
 	}
 	if err := k.Errand.End(ctx, jobID); err != nil {
 		return err
 	}
 	return k.removeFiles(jobID)
+}
+
+// endDomain ends a temporary domain. A libvirt that is restarted just then is
+// asked again: what came of the validation must not depend on that.
+func (k *Kind) endDomain(ctx context.Context, uuid string) error {
+	limited, cancel := context.WithTimeout(ctx, startLimit)
+	defer cancel()
+	for {
+		err := k.Hypervisor.EndValidation(limited, uuid)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-limited.Done():
+			return err
+		case <-time.After(endAgain):
+		}
+	}
 }
 
 func (k *Kind) removeFiles(jobID string) error {

@@ -32,6 +32,8 @@ const (
 
 	// startLimit bounds how long libvirt may take to start or end a domain.
 	startLimit = 2 * time.Minute
+	// endAgain is how long after libvirt could not end a domain it is asked again.
+	endAgain = time.Second
 	// clearLimit bounds how long it takes to clear up once it is over.
 	clearLimit = 5 * time.Minute
 )
@@ -142,9 +144,7 @@ func (t *trial) serve(ctx context.Context) (report step.Report, err error) {
 	}
 	t.job.Waits(phaseEnding)
 	// First who reads, then who serves: a QEMU without its disks says nothing.
-	ending, cancel := context.WithTimeout(ctx, startLimit)
-	defer cancel()
-	err = errors.Join(err, t.Hypervisor.EndValidation(ending, t.uuid))
+	err = errors.Join(err, t.endDomain(ctx, t.uuid))
 	result, stopped := serving.Stop(ctx)
 	if result == nil {
 		return report, errors.Join(err, stopped)

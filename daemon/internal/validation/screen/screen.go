@@ -79,7 +79,7 @@ func decodePPM(data []byte) (image.Image, error) {
 func EncodePNG(picture image.Image, limit int) ([]byte, error) {
 	for {
 		var b bytes.Buffer
-		if err := (&png.Encoder{CompressionLevel: png.BestCompression}).Encode(&b, picture); err != nil {
+		if err := png.Encode(&b, picture); err != nil {
 			return nil, fmt.Errorf("cannot write a screenshot: %w", err)
 		}
 		if b.Len() <= limit {

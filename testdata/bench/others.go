@@ -56,29 +56,34 @@ func (b *host) groups() []*group {
 				{"`virtnbdbackup -l inc`", virtnbdbackupIncrement},
 			},
 		},
-		{
-			key: "restore", title: "restore of full and increment",
-			before: func(ctx context.Context) error {
-				if wanted("increment") {
-					return nil
-				}
-				if err := b.beginIncrements(ctx); err != nil {
-					return err
-				}
-				_, err := b.backup(ctx, false, dbus.CompressionNone)
-				if err == nil {
-					_, err = virtnbdbackupIncrement(ctx)
-				}
+		b.restores(),
+	}
+}
+
+// restores is the group that restores the chain that increments were measured with.
+func (b *host) restores() *group {
+	return &group{
+		key: "restore", title: "restore of full and increment",
+		before: func(ctx context.Context) error {
+			if wanted("increment") {
+				return nil
+			}
+			if err := b.beginIncrements(ctx); err != nil {
 				return err
-			},
-			rows: []measurement{
-				{"virtbackup, as a new domain", b.restore},
-				{"`qemu-img convert` of the same chain", b.convertChain("")},
-				{"`qemu-img convert -W -m16` of the same chain", b.convertChain("-W -m16")},
-				{"`virtnbdrestore` of its own chain", b.virtnbdrestore},
-			},
-			after: b.deleteChain,
+			}
+			_, err := b.backup(ctx, false, dbus.CompressionNone)
+			if err == nil {
+				_, err = virtnbdbackupIncrement(ctx)
+			}
+			return err
 		},
+		rows: []measurement{
+			{"virtbackup, as a new domain", b.restore},
+			{"`qemu-img convert` of the same chain", b.convertChain("")},
+			{"`qemu-img convert -W -m16` of the same chain", b.convertChain("-W -m16")},
+			{"`virtnbdrestore` of its own chain", b.virtnbdrestore},
+		},
+		after: b.deleteChain,
 	}
 }
 

@@ -195,7 +195,7 @@ func (m *mender) try(t *testing.T, f fault, s step) {
 	if f.name == "daemon-kill" && j.State != dbus.JobSucceeded {
 		t.Error("the restart of the daemon ended it")
 	}
-	m.killer.nothingLeft(m.g)
+	m.nothingLeft(m.g)
 	noGenerations(t, m.path)
 	if j.State != dbus.JobSucceeded {
 		if err := m.end(m.repair(dbus.RepairOptions{})).Err(); err != nil {
@@ -235,7 +235,7 @@ func TestRepairedFromTheDisk(t *testing.T) {
 		}
 		m.states(good)
 		m.exact()
-		m.killer.nothingLeft(m.g)
+		m.nothingLeft(m.g)
 	}
 	command(t, "", "virsh", "-q", "start", "--paused", m.g.name)
 	m.g.io("vda", "write -P 0xd8 1M 64k")
@@ -246,7 +246,7 @@ func TestRepairedFromTheDisk(t *testing.T) {
 		t.Errorf("nobody holds it any more: %s, %s", j.State, j.ErrorMessage)
 	}
 	m.states(hit)
-	m.killer.nothingLeft(m.g)
+	m.nothingLeft(m.g)
 	noGenerations(t, m.path)
 }
 

@@ -46,8 +46,7 @@ func (b *host) groups() []*group {
 			},
 			after: b.deleteChain,
 		},
-		b.compressions(),
-		b.verifications(),
+		b.compressions(), b.verifications(),
 		{
 			key: "increment", title: fmt.Sprintf("increment of %d MiB in %d places", places*placeSize>>20, places),
 			before: b.beginIncrements,

@@ -39,19 +39,19 @@ func (d storedDonor) read(_ context.Context, block int, p []byte, want [digest.S
 }
 
 // liveDonor is an export of the domain's disk.
-type liveDonor struct{ *nbd.Client }
+type liveDonor struct{ client *nbd.Client }
 
 func (liveDonor) name() string { return DonorLive }
 
 func (d liveDonor) read(ctx context.Context, block int, p []byte, want [digest.SumSize]byte) bool {
 	at := uint64(block) * digest.BlockSize
-	if at+uint64(len(p)) > d.Size() {
+	if at+uint64(len(p)) > d.client.Size() {
 		return false
 	}
-	return d.ReadAt(ctx, p, at) == nil && digest.Sum(p) == want
+	return d.client.ReadAt(ctx, p, at) == nil && digest.Sum(p) == want
 }
 
-func (d liveDonor) close() { d.Client.Close() }
+func (d liveDonor) close() { d.client.Close() }
 
 // mending says for damaged blocks of a disk, in ascending order, who holds the same.
 type mending struct {
@@ -162,35 +162,49 @@ func openDonor(r *repository.Repository, domain, backup string, s *storedDisk) (
 
 // offer says of damaged parts in the result of verify where the same is held.
 func (w *worker) offer(ctx context.Context, r *repository.Repository) error {
-	for i := range w.result.Backups {
-		b := &w.result.Backups[i]
-		for k := range b.Damage {
-			flaw := &b.Damage[k]
-			if flaw.File != "" || flaw.Whole {
-				continue
-			}
-			if err := w.offerOne(ctx, r, b.Backup, flaw); err != nil {
-				return err
+	for _, b := range w.result.Backups {
+		if len(b.Damage) == 0 {
+			continue
+		}
+		for _, d := range b.Manifest.Disks {
+			if err := w.offerDisk(ctx, r, b, d.Target); err != nil {
+				return inDisk(d.Target, err)
 			}
 		}
 	}
 	return nil
 }
 
-func (w *worker) offerOne(ctx context.Context, r *repository.Repository, backup string, flaw *Flaw) error {
-	l, err := trace(r, w.spec.Domain, backup)
+func (w *worker) offerDisk(ctx context.Context, r *repository.Repository, b BackupState, target string) error {
+	var flaws []*Flaw
+	var ranges damage.Ranges
+	for i := range b.Damage {
+		if f := &b.Damage[i]; f.Target == target && f.File == "" && !f.Whole {
+			flaws, ranges = append(flaws, f), ranges.Add(f.Range)
+		}
+	}
+	if len(flaws) == 0 {
+		return nil
+	}
+	l, err := trace(r, w.spec.Domain, b.Backup)
 	if err != nil {
 		return inRepository(err)
 	}
-	s, err := openDisk(r, l, flaw.Target)
+	s, err := openDisk(r, l, target)
 	if err != nil {
 		return err
 	}
 	defer s.close()
-	m, err := w.findDonors(ctx, r, s, blocksOf(damage.Ranges{flaw.Range}), nil)
+	m, err := w.findDonors(ctx, r, s, blocksOf(ranges), nil)
 	defer m.close()
-	if err == nil && m.whole() {
-		flaw.Donor = m.open[0].name()
+	if err != nil {
+		return err
 	}
-	return err
+	for _, f := range flaws {
+		blocks := blocksOf(damage.Ranges{f.Range})
+		if !slices.ContainsFunc(blocks, func(block int) bool { return m.donors[block] == nil }) {
+			f.Donor = m.donors[blocks[0]].name()
+		}
+	}
+	return nil
 }

@@ -119,6 +119,10 @@ func tell(ctx context.Context, h *job.Handle, backup string, result *transfer.Re
 		verb = "can be repaired"
 	}
 	for _, f := range result.Repaired[:min(len(result.Repaired), mostTold)] {
+		if f.File != "" {
+			h.Log(ctx, slog.LevelInfo, fmt.Sprintf("the digests of disk %s of backup %s: what is damaged %s from its image", f.Target, backup, verb))
+			continue
+		}
 		if f.Donor == "" {
 			h.Log(ctx, slog.LevelInfo, fmt.Sprintf("disk %s of backup %s %s: all data is there, and only what says where it is is damaged", f.Target, backup, verb))
 			continue

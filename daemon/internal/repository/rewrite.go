@@ -98,6 +98,19 @@ func (w *Rewrite) Create(name string) (*os.File, error) {
 	return f, nil
 }
 
+// Remove takes back Create: the old file stays. It is fine when there is no new one.
+func (w *Rewrite) Remove(name string) error {
+	i := slices.Index(w.names, name)
+	if i < 0 {
+		return nil
+	}
+	w.names = slices.Delete(w.names, i, i+1)
+	if err := w.r.tree.remove(w.path(w.generation().name(name)), 0); err != nil {
+		return fmt.Errorf("cannot remove another %s of backup %s: %w", name, w.m.Backup, err)
+	}
+	return nil
+}
+
 // Commit makes the new files those of the backup. m is its new manifest; its
 // generation is set here. After an error either the old files or the new ones
 // count, and both are there, as long as the backup is not settled.

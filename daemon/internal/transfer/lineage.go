@@ -75,16 +75,30 @@ func openDiskWithin(r *repository.Repository, l lineage, target string, tables i
 }
 
 func (s *storedDisk) open(r *repository.Repository, l lineage, tables int64) error {
+	l, err := s.openImages(r, l, tables)
+	if err != nil {
+		return err
+	}
+	for _, m := range slices.Backward(l) {
+		if err := s.openDigests(r, m); err != nil {
+			return fmt.Errorf("backup %s: %w", m.Backup, err)
+		}
+	}
+	return nil
+}
+
+// openImages opens the images of the disk, and returns what they are of.
+func (s *storedDisk) openImages(r *repository.Repository, l lineage, tables int64) (lineage, error) {
 	// What is held of the tables is shared by the chain, however long it is.
 	limits := qcow2.Limits{Size: s.Size, Tables: max(tables/int64(len(l)), leastTables)}
 	for n, m := range l {
 		d, ok := m.Disk(s.Target)
 		if !ok || d.Size != s.Size {
-			return fail(ClassManifest, "backup %s, which the disk stands on, has no such disk of %d bytes", m.Backup, s.Size)
+			return nil, fail(ClassManifest, "backup %s, which the disk stands on, has no such disk of %d bytes", m.Backup, s.Size)
 		}
 		image, err := s.openImage(r, m, d, limits)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		s.images = append(s.images, image)
 		if d.Kind == repository.KindFull {
@@ -93,15 +107,8 @@ func (s *storedDisk) open(r *repository.Repository, l lineage, tables int64) err
 		}
 	}
 	var err error
-	if s.chain, err = qcow2.NewChain(s.images...); err != nil {
-		return classify(ClassVerification, err)
-	}
-	for _, m := range slices.Backward(l) {
-		if err := s.openDigests(r, m); err != nil {
-			return fmt.Errorf("backup %s: %w", m.Backup, err)
-		}
-	}
-	return nil
+	s.chain, err = qcow2.NewChain(s.images...)
+	return l, classify(ClassVerification, err)
 }
 
 // openDigests opens the digests of a backup, which stand on those opened before.

@@ -22,6 +22,7 @@ type merging struct {
 	lineage lineage // Into first
 	base    lineage // of what stays below it; empty if nothing does
 	disks   []*mergedDisk
+	renewed int // of a repair, how many disks' digests were made anew
 }
 
 // mergedDisk is one disk of a merging whose image is written anew.
@@ -168,11 +169,18 @@ func (m *merging) prepare(ctx context.Context) error {
 		if m.Manifest.Disks[i].Kind == repository.KindFull && !m.pack && m.mend == nil {
 			continue // it stands on nothing
 		}
+		if m.mend != nil {
+			if damaged, err := m.redigest(ctx, &m.Manifest.Disks[i]); err != nil {
+				return inDisk(m.Manifest.Disks[i].Target, err)
+			} else if damaged {
+				continue
+			}
+		}
 		if err := m.open(ctx, &m.Manifest.Disks[i]); err != nil {
 			return inDisk(m.Manifest.Disks[i].Target, err)
 		}
 	}
-	if (m.pack || m.mend != nil) && len(m.disks) == 0 || m.mend != nil && m.mend.DryRun {
+	if (m.pack || m.mend != nil) && len(m.disks) == 0 && m.renewed == 0 || m.mend != nil && m.mend.DryRun {
 		return errDone
 	}
 	return nil

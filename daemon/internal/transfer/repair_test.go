@@ -197,3 +197,46 @@ func TestRepairInterrupted(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestRepairOfDigests damages digests, which are made anew from images that are
+// well, and from no others.
+func TestRepairOfDigests(t *testing.T) {
+	h, all := twice(t, 8, "none")
+	for i, p := range all[:3] {
+		for _, target := range []string{"vda", "vdb"} {
+			name := filepath.Join(h.repo, testDomain, p.id, repository.DigestName(target))
+			before := h.command("sha256sum", name)
+			info, err := os.Stat(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			h.flip(name, h.Int64N(info.Size()), 1)
+			found := h.wrong(p)
+			if len(found) != 1 || found[0].Target != target || !found[0].Whole {
+				t.Fatalf("%d %s: found %+v", i, target, found)
+			}
+			s := repairSpec(p)
+			s.Repair.DryRun = true
+			if r := h.mustRun(s); len(r.Repaired) != 1 || h.command("sha256sum", name) == before {
+				t.Errorf("a dry run: %+v", r.Repaired)
+			}
+			if r := h.mustRun(repairSpec(p)); len(r.Repaired) != 1 || len(r.Lost) != 0 || r.Manifest == nil {
+				t.Errorf("repaired %+v, lost %+v", r.Repaired, r.Lost)
+			}
+			if after := h.command("sha256sum", name); after != before {
+				t.Errorf("they are others: %s", after)
+			}
+			h.exact()
+		}
+	}
+	p := all[0]
+	name := filepath.Join(h.repo, testDomain, p.id, repository.DigestName("vda"))
+	h.flip(name, 90, 1)
+	h.flip(h.image(p.id, "vda"), h.plainClusters(p, "vda")[0].host, 1)
+	bad := h.command("sha256sum", name)
+	r := h.run(repairSpec(p))
+	if r.Error == nil || r.Error.Class != ClassVerification || len(r.Lost) != 1 || h.command("sha256sum", name) != bad {
+		t.Errorf("of a damaged image: %+v", r)
+	}
+	h.checkClean()
+}

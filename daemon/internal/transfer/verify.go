@@ -96,7 +96,7 @@ func (w *worker) verifyBackup(ctx context.Context, r *repository.Repository, sta
 			continue
 		}
 		var ranges damage.Ranges
-		err := fail(ClassVerification, "its digests are not what was written")
+		err := fail(ClassVerification, "its digests are not what was written (a repair makes them anew if the image is well)")
 		if !digests[d.Target] {
 			ranges, err = w.verifyDisk(ctx, r, l, d)
 		}

@@ -202,6 +202,8 @@ func TestNewDefinitionRefuses(t *testing.T) {
 		"json path":          {small("", disk), Changes{Name: "b", Disks: map[string]NewDisk{"vda": {Path: "json:{}", Format: "raw"}}}, "absolute"},
 		"unclean path":       {small("", disk), Changes{Name: "b", Disks: map[string]NewDisk{"vda": {Path: "/a/../b", Format: "raw"}}}, "clean"},
 		"format":             {small("", disk), Changes{Name: "b", Disks: map[string]NewDisk{"vda": {Path: "/a", Format: "vmdk"}}}, "format"},
+		"NVRAM format":       {small("<nvram format='qcow2'>/x</nvram>", ""), Changes{Name: "b", NVRAM: "/a"}, "UEFI variables"},
+		"no NVRAM, format":   {small("<nvram format=' raw'/>", ""), ok, "UEFI variables"},
 		"kernel":             {small("<kernel>/etc/passwd</kernel>", ""), ok, "not allowed here"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -240,6 +242,8 @@ func TestNewDefinitionDirectBoot(t *testing.T) {
 		"dots":      {allowed + "/../" + filepath.Base(other) + "/secret", "no directory"},
 		"link":      {link, "no directory"},
 		"missing":   {filepath.Join(allowed, "none"), "not here"},
+		"elsewhere": {filepath.Join(other, "none"), "no directory"}, // not looked at
+		"unclean":   {allowed + "//vmlinuz", "no directory"},
 		"directory": {allowed + "/.", "no directory"},
 		"no kernel": {file(allowed, "other-guest.raw", 0o600), "does not look like"},
 		"writable":  {file(allowed, "writable", 0o666), "only its owner"},
@@ -259,7 +263,30 @@ func TestNewDefinitionDirectBoot(t *testing.T) {
 	}
 }
 
+// TestNewDefinitionSaysTheFormatOfNVRAM has no libvirt guess it, whose guess a
+// loader in qcow2 would make wrong.
+func TestNewDefinitionSaysTheFormatOfNVRAM(t *testing.T) {
+	const loader = "<loader readonly='yes' type='pflash' format='qcow2'>/usr/share/edk2/ovmf/OVMF_CODE_4M.qcow2</loader>"
+	for _, doc := range [][]byte{
+		small(loader, ""), small(loader+"<nvram>/old</nvram>", ""), small(loader+"<nvram format='raw'>/old</nvram>", ""),
+		small(loader+"<nvram template='/usr/share/OVMF/OVMF_VARS_4M.fd'>/old</nvram>", ""),
+	} {
+		out, _, err := NewDefinition(doc, Changes{Name: "b", NVRAM: "/var/lib/v/nvram"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		root, err := parseTree([]byte(out))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := root.child("os").child("nvram"); n == nil || n.attr("format") != "raw" || n.text != "/var/lib/v/nvram" {
+			t.Errorf("%s: %s", doc, out)
+		}
+	}
+}
+
 func FuzzNewDefinition(f *testing.F) {
+	f.Add(small("<nvram format='qcow2'>/x</nvram>", ""))
 	f.Add(hostile(f))
 	f.Add(small("<loader type='pflash'>/usr/share/OVMF/../x</loader>", "<disk type='file' device='disk'><target dev='vda'/></disk>"))
 	f.Add(small("<nvram template='x'/>", "<channel type='unix'/><tpm/><rng/><vsock/><graphics/><interface/>"))
@@ -296,7 +323,7 @@ func noPaths(t *testing.T, e *element, c Changes) {
 		}
 		e.text = ""
 	case "nvram":
-		if e.text != c.NVRAM || e.attr("template") != "" && !below(e.attr("template"), firmwareDirectories) {
+		if e.text != c.NVRAM || e.text != "" && e.attr("format") != "raw" || e.attr("template") != "" && !below(e.attr("template"), firmwareDirectories) {
 			t.Fatalf("nvram is %+v", e)
 		}
 		return

@@ -91,7 +91,7 @@ func fixOS(r *rebuild, original, e *element) (bool, error) {
 		}
 	}
 	if e.child("nvram") == nil && r.changes.NVRAM != "" {
-		e.children = append(e.children, &element{name: "nvram", text: r.changes.NVRAM})
+		e.children = append(e.children, &element{name: "nvram", attrs: []attribute{{"format", rawFormat}}, text: r.changes.NVRAM})
 	}
 	if e.child("kernel") == nil {
 		e.remove("initrd")
@@ -121,9 +121,21 @@ func fixLoader(r *rebuild, _, e *element) (bool, error) {
 	return true, nil
 }
 
-// fixNVRAM puts the restored variable store in the place of the old one.
+// rawFormat is that of every variable store of ours. It is always said: left to
+// itself, a newer libvirt takes the format of the firmware for it.
+const rawFormat = "raw"
+
+// fixNVRAM puts the restored variable store in the place of the old one. One in
+// qcow2 comes from the repository with a header that may name any file of the
+// host's as backing file, which QEMU would open.
 func fixNVRAM(r *rebuild, original, e *element) (bool, error) {
-	e.text = r.changes.NVRAM
+	if format := original.attr("format"); format != "" && format != rawFormat {
+		return false, fmt.Errorf("its UEFI variables are kept in format %q, and only %s ones can be used from a backup", format, rawFormat)
+	}
+	e.unset("format")
+	if e.text = r.changes.NVRAM; e.text != "" {
+		e.set("format", rawFormat)
+	}
 	t := original.attr("template")
 	r.forget("domain/os/nvram/@template", "domain/os/nvram/text()")
 	switch {
@@ -150,17 +162,22 @@ func (r *rebuild) forget(paths ...string) {
 // fixBootFile allows a kernel or initrd of direct boot only where the admin
 // said so, and only what is one: the guest can read the whole file, which must
 // not be another guest's disk that lies beside it. The file's owner says
-// nothing, since libvirt gives it to the user that QEMU runs as.
+// nothing, since libvirt gives it to the user that QEMU runs as. Paths from
+// elsewhere are not even looked at: that may mount something, hang, or tell what
+// is there.
 func fixBootFile(r *rebuild, _, e *element) (bool, error) {
 	path := e.text
 	if len(r.changes.BootDirectories)+len(r.changes.BootFiles) == 0 {
 		return false, fmt.Errorf("the domain boots its %s directly from %s, which is not allowed here", e.name, path)
 	}
+	if !filepath.IsAbs(path) || filepath.Clean(path) != path || !below(path, r.changes.BootDirectories) && !contains(r.changes.BootFiles, path) {
+		return false, fmt.Errorf("the domain's %s %s is in no directory that is allowed for it", e.name, path)
+	}
 	real, err := filepath.EvalSymlinks(path)
 	if err != nil {
 		return false, fmt.Errorf("the domain's %s is not here: %w", e.name, err)
 	}
-	if !filepath.IsAbs(path) || !below(real, r.changes.BootDirectories) && !contains(r.changes.BootFiles, path) {
+	if !below(real, r.changes.BootDirectories) && !contains(r.changes.BootFiles, path) {
 		return false, fmt.Errorf("the domain's %s %s is in no directory that is allowed for it", e.name, path)
 	}
 	info, err := os.Lstat(real)

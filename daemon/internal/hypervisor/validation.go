@@ -171,9 +171,15 @@ func isolated() []string {
 // isolate takes away what connects the guest to anything but its disks and us.
 func (v ValidationDomain) isolate(devices *element) {
 	var kept []*element
+	screens := 0
 	for _, d := range devices.children {
 		if !contains(isolated(), d.name) || d.attr("type") == "spicevmc" {
 			continue
+		}
+		if d.name == "video" {
+			if screens++; screens > 1 { // only the first is looked at
+				continue
+			}
 		}
 		switch d.name {
 		case "controller":
@@ -193,7 +199,8 @@ func (v ValidationDomain) isolate(devices *element) {
 	}
 }
 
-// plainScreen makes a screen one that needs no display on the host.
+// plainScreen makes a screen one that needs no display on the host, and no more
+// of its memory than QEMU takes by itself.
 func plainScreen(video *element) {
 	model := video.child("model")
 	if model == nil || model.attr("type") == "qxl" || model.attr("type") == "none" {
@@ -202,7 +209,9 @@ func plainScreen(video *element) {
 		return
 	}
 	model.remove("acceleration")
-	model.unset("blob")
+	model.remove("resolution")
+	model.unset("blob", "ram", "vram", "vram64", "vgamem", "heads")
+	video.replace(model) // of several, this one
 }
 
 // stack puts a disk's overlay on what is served.

@@ -90,13 +90,17 @@ func TestValidationDefinitionScreen(t *testing.T) {
 		`<video><model type="qxl"/></video>`:   "vga",
 		`<video><model type="bochs"/></video>`: "bochs",
 		`<video><model type="virtio" blob="on"><acceleration accel3d="yes"/></model></video>`: "virtio",
+		`<video><model type="vga" ram="1048576" vram="1048576" vram64="1048576" vgamem="524288" heads="16"><resolution x="16384" y="16384"/></model></video>` +
+			`<video><model type="virtio" vram="1048576"/></video>`: "vga",
+		`<video><model type="vga"/><model type="virtio" heads="16"/></video>`: "vga",
 	} {
 		out, err := ValidationDefinition(small("", have), ValidationDomain{Job: testJob})
 		if err != nil {
 			t.Fatal(err)
 		}
 		videos := parsed(t, out).Devices.Videos
-		if len(videos) != 1 || videos[0].Model.Type != want || videos[0].Model.Accel != nil || videos[0].Model.Blob != "" {
+		if len(videos) != 1 || videos[0].Model.Type != want || videos[0].Model.Accel != nil || videos[0].Model.Blob != "" ||
+			videos[0].Model.VRam+videos[0].Model.VGAMem+videos[0].Model.Ram+videos[0].Model.VRam64+videos[0].Model.Heads != 0 || videos[0].Model.Resolution != nil {
 			t.Errorf("%s: %s", have, out)
 		}
 	}
@@ -165,6 +169,7 @@ func TestValidationMark(t *testing.T) {
 func FuzzValidationDefinition(f *testing.F) {
 	f.Add(hostile(f))
 	f.Add(small("<loader type='pflash'>/usr/share/OVMF/../x</loader>", "<disk type='file' device='disk'><driver copy_on_read='on'/><target dev='vda'/></disk>"))
+	f.Add(small("<nvram format='qcow2'>/x</nvram>", "<video><model type='vga' vgamem='524288'/></video><video><model type='virtio'/></video>"))
 	f.Add(small("<nvram template='x'/>", "<channel type='spicevmc'/><tpm/><rng/><vsock/><graphics/><interface/><video/><hub type='usb'/>"))
 	f.Add([]byte(strings.Replace(minimal, "MiB", "TiB", 1)))
 	f.Fuzz(func(t *testing.T, doc []byte) {
@@ -211,11 +216,18 @@ func exposed(out string, v ValidationDomain) string {
 			return "it has a " + e.name
 		}
 	}
-	if n := root.child("os").child("nvram"); n != nil && n.text != v.NVRAM {
-		return "its variables are in " + n.text
+	if n := root.child("os").child("nvram"); n != nil && (n.text != v.NVRAM || n.attr("format") != "raw") {
+		return "its variables are in " + n.text + " of format " + n.attr("format")
 	}
 	if devices := root.child("devices"); devices != nil {
+		screens := 0
 		for _, d := range devices.children {
+			if d.name == "video" {
+				screens++
+			}
+			if screens > 1 {
+				return "it has more than one screen"
+			}
 			if problem := exposedDevice(d, v); problem != "" {
 				return problem
 			}
@@ -229,6 +241,13 @@ func exposedDevice(d *element, v ValidationDomain) string {
 		"disk", "controller", "hub", "input", "video", "serial", "console", "parallel", "channel", "tpm", "rng", "panic", "memballoon",
 	}, d.name) || d.attr("type") == "spicevmc" {
 		return fmt.Sprintf("it has a %s (%s)", d.name, d.attr("type"))
+	}
+	if d.name == "video" {
+		for _, a := range d.child("model").attrs {
+			if a.name != "type" && a.name != "primary" {
+				return "its screen has " + a.name
+			}
+		}
 	}
 	source := d.child("source")
 	if d.name != "disk" {

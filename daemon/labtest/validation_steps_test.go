@@ -191,8 +191,8 @@ func TestScreensThatFail(t *testing.T) {
 // broken before: the guest starts, and meets it when it looks.
 func TestFileSystemThatIsBroken(t *testing.T) {
 	h, g := newHost(t), newGuest(t, "raw:64M:fs")
-	g.run("sh", "-c", "mkdir -p /mnt/vda/a/b && sync")
-	command(t, "", "lab-domain", "shutdown", g.name)
+	g.run("sh", "-c", "mkdir -p /mnt/vda/a/b && umount /mnt/vda")
+	command(t, "", "lab-domain", "destroy", g.name)
 	command(t, "", "debugfs", "-w", "-R", "set_inode_field /a/b checksum 0x1", g.disks()[0].file)
 	b := h.backup(g, dbus.BackupOptions{})
 	j := h.validate(b.ID, "wait_for_boot", "check_filesystems")

@@ -34,6 +34,7 @@ var validationFaults = []struct {
 	at []string
 }{
 	{fault{"daemon-kill", (*killer).killDaemon, (*killer).awaitDaemon, []string{theDaemon}, succeeds}, []string{"running"}},
+	{fault{"daemon-restart", (*killer).restartDaemon, (*killer).awaitDaemon, []string{theDaemon, qemu}, succeeds}, nil},
 	{fault{"worker-kill", (*killer).killWorker, nil, nil, nil}, []string{"opening", "running"}},
 	{fault{"cancel", (*killer).cancel, nil, nil, nil}, []string{"starting"}},
 	{fault{"qemu-kill", (*killer).killValidation, nil, nil, nil}, []string{"running"}},
@@ -150,7 +151,7 @@ func (k *killer) tryValidation(t *testing.T, f fault, s step, b dbus.BackupPrope
 	now := k.validated(b.ID)
 	t.Logf("%s: %s; it is %q: %s", j.State, j.ErrorMessage, now.ValidationResult, now.ValidationCause)
 	switch {
-	case f.name == "daemon-kill":
+	case f.name == "daemon-kill", f.name == "daemon-restart":
 		if j.State != dbus.JobSucceeded || now.ValidationResult != dbus.ValidationValid {
 			t.Errorf("it is not begun again: %s, %v", j.State, j.Err())
 		}
@@ -326,5 +327,51 @@ func TestValidationOfUnusedFirmware(t *testing.T) {
 	noValidation(t)
 	if _, err := os.Stat(tpmState(g.uuid)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the domain itself has a TPM's state now: %v", err)
+	}
+}
+
+// TestValidationLeftOver finds what validations left that nobody knows any more, as
+// when the host went down and the catalog was lost. A domain that somebody has
+// made by a copy of such a one is somebody's.
+func TestValidationLeftOver(t *testing.T) {
+	configure(t, "")
+	const job, another = "01KB5W3V9M8Q4T2R7XYZ0A1B2C", "01KB5W3V9M8Q4T2R7XYZ0A1B2D"
+	domain := func(name string) {
+		command(t, fmt.Sprintf(`<domain type='qemu'><name>%s</name>
+			<metadata><v:validation xmlns:v='https://virtbackup.org/xmlns/validation/1' job='%s' backup='x'/></metadata>
+			<memory unit='MiB'>16</memory><os><type arch='x86_64' machine='q35'>hvm</type></os><devices><memballoon model='none'/></devices></domain>`,
+			name, job), "virsh", "-q", "create", "/dev/stdin", "--paused")
+	}
+	copied := filepath.Base(fresh(t, "/run/lab"))
+	command(t, "", "systemctl", "stop", "virtbackupd.service")
+	domain(validationName(job))
+	domain(copied)
+	t.Cleanup(func() { virsh(t, "destroy", copied) })
+	for _, directory := range []string{validationDirectory, "/run/virtbackup/validation"} {
+		for _, id := range []string{job, another} {
+			if err := os.MkdirAll(filepath.Join(directory, id), 0o711); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	overlay := filepath.Join(validationDirectory, another, "vda.qcow2")
+	command(t, "", "qemu-img", "create", "-q", "-f", "qcow2", overlay, "1M")
+	startDaemon(t)
+	eventually(t, "it is removed", func() error {
+		domains, err := tryVirsh("list", "--all", "--name")
+		if err == nil && strings.Contains(domains, validationName(job)) {
+			err = fmt.Errorf("domains: %s", domains)
+		}
+		left, _ := filepath.Glob(validationDirectory + "/*")
+		more, _ := filepath.Glob("/run/virtbackup/validation/*")
+		if left = append(left, more...); err == nil && len(left) > 0 {
+			err = fmt.Errorf("%v", left)
+		}
+		return err
+	})
+	noValidation(t)
+	awaitDomain(t, copied) // virtbackup shows it
+	if state := virsh(t, "domstate", copied); state != "paused" {
+		t.Errorf("the copy is %s", state)
 	}
 }

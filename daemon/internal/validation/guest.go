@@ -67,14 +67,16 @@ func (g *guest) watch(ctx context.Context, end context.CancelCauseFunc) {
 		case <-ctx.Done():
 			return
 		case <-g.serving.Done():
-			end(g.impede(errServer))
+			g.impede(errServer)
+			end(errServer)
 			return
 		case <-tick.C:
 			status, err := g.serving.Status()
 			switch {
 			case err != nil: // it says nothing: Done does
 			case refused(status) != nil:
-				end(g.impede(refused(status)))
+				g.impede(refused(status))
+				end(refused(status))
 				return
 			case waits(status) != nil:
 				g.impede(waits(status))
@@ -92,19 +94,19 @@ func (g *guest) listen(events <-chan hypervisor.Event, end context.CancelCauseFu
 			g.stopped = e.Detail
 			g.mu.Unlock()
 		case e.Action == "suspended" && e.Detail == hypervisor.ReasonIOError:
-			end(g.impede(errPaused))
+			g.impede(errPaused)
+			end(errPaused)
 		}
 	}
 }
 
 // impede notes what keeps the guest from going on; the first reason stays.
-func (g *guest) impede(err error) error {
+func (g *guest) impede(err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.impeded == nil {
 		g.impeded = err
 	}
-	return g.impeded
 }
 
 // waits says which disk's reads the repository does not answer.

@@ -52,7 +52,9 @@ func (c *Catalog) RecordValidation(ctx context.Context, v ValidationRecord, scre
 		return fmt.Errorf("cannot record the validation of backup %s: its screenshot has %d bytes, and at most %d are kept", v.Backup, len(screenshot), MaximumScreenshot)
 	}
 	return c.write(ctx, "record the validation of backup "+v.Backup, func(tx *sql.Tx) error {
-		err := exactlyOne(tx.ExecContext(ctx, "UPDATE backups SET validation = ?, validation_step = ?, validation_cause = ?, validated = ? WHERE id = ?",
+		// That one is not valid is not forgotten because the host cannot try it now.
+		err := exactlyOne(tx.ExecContext(ctx, `UPDATE backups SET validated = ?4, (validation, validation_step, validation_cause) =
+			(SELECT validation, validation_step, validation_cause WHERE ?1 = 'unable' AND validation = 'not-valid' UNION ALL SELECT ?1, ?2, ?3 LIMIT 1) WHERE id = ?5`,
 			v.Result, v.Step, v.Cause, toMicro(v.Finished), v.Backup))
 		if err != nil {
 			return err

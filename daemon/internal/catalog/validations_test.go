@@ -42,11 +42,16 @@ func TestValidations(t *testing.T) {
 	}
 	b, err := c.Backup(ctx, "b1")
 	must(t, err)
-	if v := b.Validation; v.Result != Unable || v.Step != "screenshot" || v.Cause != "39" || !v.Finished.Equal(epoch.Add(39*time.Second)) {
+	// What a host could not tell later does not make it less bad.
+	if v := b.Validation; v.Result != NotValid || v.Step != "screenshot" || v.Cause != "2" || !v.Finished.Equal(epoch.Add(39*time.Second)) {
 		t.Errorf("the backup says %+v", v)
 	}
+	record(51, "b2", Unable, "")
+	if b, err = c.Backup(ctx, "b2"); err != nil || b.Validation.Result != Unable || b.Validation.Cause != "51" {
+		t.Errorf("the backup says %+v, %v", b.Validation, err)
+	}
 	counts, err := c.CountValidations(ctx)
-	if err != nil || len(counts) != 2 || counts[Valid] != 1 || counts[Unable] != 1 {
+	if err != nil || len(counts) != 2 || counts[NotValid] != 1 || counts[Unable] != 1 {
 		t.Errorf("%v, %v", counts, err)
 	}
 	if err := c.RecordValidation(ctx, ValidationRecord{ID: "v060", Backup: "none", ValidationSummary: ValidationSummary{Result: Valid}}, nil); !errors.Is(err, ErrNotFound) {

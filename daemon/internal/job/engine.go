@@ -189,9 +189,9 @@ func (e *Engine) dispatch() {
 		}
 	}
 	v := s.admit()
-	for _, i := range v.yield {
-		if running[i].cancel != nil {
-			running[i].cancel(ErrYield)
+	for _, g := range v.yield {
+		if en := running[g.from]; en.cancel != nil {
+			en.cancel(ErrYield)
 		}
 	}
 	var rest []*entry

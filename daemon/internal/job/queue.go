@@ -102,7 +102,7 @@ type situation struct {
 type verdict struct {
 	start   []int     // of the queue, in this order
 	waiting []string  // of each of the queue; "" for those that start
-	yield   []int     // of those that run, which give way
+	yield   []gift    // of those that run, which give way
 	wake    time.Time // when it may be another without anything else happening; zero for never
 }
 
@@ -110,7 +110,7 @@ type verdict struct {
 // job. One that cannot start holds back nobody but later jobs of its domain; and
 // one that is put off, to its next try, by an inhibitor or to the window, not
 // even those. One that yields goes after the others of its domain, and gives way
-// when it runs and nothing else keeps one of them from starting.
+// when it runs and alone keeps another from starting.
 func (s situation) admit() verdict {
 	v := verdict{waiting: make([]string, len(s.queue))}
 	work := s.newWork()
@@ -156,22 +156,27 @@ func (s situation) admit() verdict {
 	return v
 }
 
-// giveWay returns which of those that run give way: each to the job of its domain
-// whose turn it is, if that can start then, beside what runs, what starts, and
-// what others give way to.
-func (s situation) giveWay(order []int, first map[string]int, after *work) (all []int) {
+// gift is a running job that gives way, and the queued one that it gives way to.
+type gift struct{ from, to int }
+
+// giveWay returns which of those that run give way: each to a job that it alone
+// keeps from starting, by its domain or its slot, beside what runs, what starts,
+// and what others give way to.
+func (s situation) giveWay(order []int, first map[string]int, after *work) (all []gift) {
 	for _, i := range order {
 		p := s.queue[i]
-		if turn, any := first[p.Domain]; !any || turn != i || p.yields {
+		if turn, any := first[p.Domain]; p.yields || any && turn != i || after.has(p) {
 			continue
 		}
-		other := slices.IndexFunc(s.running, func(r place) bool { return r.Domain == p.Domain && r.yields })
-		if other < 0 {
-			continue
-		}
-		if next := after.without(s.running[other]); next.full(p) == "" {
-			next.add(p)
-			all, after = append(all, other), next
+		for from, r := range s.running {
+			if !r.yields || slices.ContainsFunc(all, func(g gift) bool { return g.from == from }) {
+				continue
+			}
+			if next := after.without(r); next.obstacle(p) == "" {
+				next.add(p)
+				all, after = append(all, gift{from, i}), next
+				break
+			}
 		}
 	}
 	return all
@@ -207,11 +212,16 @@ type work struct {
 	limits       Limits
 	ofClass      map[Class]int
 	ofRepository map[string]int
+	yielding     map[string]int // of those of each repository
 	ofDomain     map[string]place
+	jobs         map[string]bool
 }
 
+// has tells whether a job is among it.
+func (w *work) has(p place) bool { return w.jobs[p.ID] }
+
 func (s situation) newWork() *work {
-	w := &work{limits: s.limits, ofClass: map[Class]int{}, ofRepository: map[string]int{}, ofDomain: map[string]place{}}
+	w := &work{limits: s.limits, ofClass: map[Class]int{}, ofRepository: map[string]int{}, yielding: map[string]int{}, ofDomain: map[string]place{}, jobs: map[string]bool{}}
 	for _, p := range s.running {
 		w.add(p)
 	}
@@ -221,7 +231,11 @@ func (s situation) newWork() *work {
 func (w *work) add(p place) {
 	w.ofClass[p.class]++
 	w.ofRepository[p.Repository]++
+	if p.yields {
+		w.yielding[p.Repository]++
+	}
 	w.ofDomain[p.Domain] = p
+	w.jobs[p.ID] = true
 }
 
 // obstacle says what keeps a job from starting; "" for nothing.
@@ -234,9 +248,15 @@ func (w *work) obstacle(p place) string {
 
 // without is what is left when one has ended.
 func (w *work) without(p place) *work {
-	left := &work{limits: w.limits, ofClass: maps.Clone(w.ofClass), ofRepository: maps.Clone(w.ofRepository), ofDomain: maps.Clone(w.ofDomain)}
+	left := &work{limits: w.limits, ofClass: maps.Clone(w.ofClass), ofRepository: maps.Clone(w.ofRepository),
+		yielding: maps.Clone(w.yielding), ofDomain: maps.Clone(w.ofDomain), jobs: maps.Clone(w.jobs)}
 	left.ofClass[p.class]--
 	left.ofRepository[p.Repository]--
+	if p.yields {
+		left.yielding[p.Repository]--
+	}
+	delete(left.ofDomain, p.Domain)
+	delete(left.jobs, p.ID)
 	return left
 }
 
@@ -245,7 +265,11 @@ func (w *work) full(p place) string {
 	if most, taken := w.limits.Concurrent[p.class], w.ofClass[p.class]; most > 0 && taken >= most {
 		return fmt.Sprintf("waits for a free %s slot: %d of %d are taken", p.class, taken, most)
 	}
-	if most, taken := w.limits.ConcurrentPerRepository, w.ofRepository[p.Repository]; p.Repository != "" && most > 0 && taken >= most {
+	taken := w.ofRepository[p.Repository]
+	if !p.yields { // what nobody waits for keeps nobody from a repository
+		taken -= w.yielding[p.Repository]
+	}
+	if most := w.limits.ConcurrentPerRepository; p.Repository != "" && most > 0 && taken >= most {
 		return fmt.Sprintf("waits for its repository: %d jobs of at most %d use it", taken, most)
 	}
 	return ""

@@ -132,31 +132,33 @@ func TestAdmission(t *testing.T) {
 }
 
 // checkYields holds what gives way against the rule: a job that nobody waits
-// for gives way to one of its domain that could start then, and to nothing else.
+// for gives way to one that could start then, and not otherwise.
 func checkYields(rt *rapid.T, s situation, v verdict) {
 	after := s.newWork()
 	for _, i := range v.start {
 		after.add(s.queue[i])
 	}
-	for _, i := range v.yield {
-		r := s.running[i]
-		wanted := slices.IndexFunc(s.queue, func(p place) bool {
-			reason, _ := s.putOff(p)
-			return p.Domain == r.Domain && !p.yields && reason == ""
-		})
-		if !r.yields || r.Domain == "" || wanted < 0 {
-			rt.Fatalf("%s gives way to nobody", r.ID)
+	given := map[int]bool{}
+	for _, g := range v.yield {
+		r, p := s.running[g.from], s.queue[g.to]
+		reason, _ := s.putOff(p)
+		if !r.yields || p.yields || reason != "" || given[g.from] || slices.Contains(v.start, g.to) {
+			rt.Fatalf("%s gives way to %s: %s", r.ID, p.ID, reason)
 		}
-		if after = after.without(r); after.full(s.queue[wanted]) != "" {
-			rt.Fatalf("%s gives way to %s, which cannot start: %s", r.ID, s.queue[wanted].ID, after.full(s.queue[wanted]))
+		if after.obstacle(p) == "" {
+			rt.Fatalf("%s gives way to %s, which could start without", r.ID, p.ID)
 		}
-		after.add(s.queue[wanted])
+		given[g.from] = true
+		if after = after.without(r); after.obstacle(p) != "" {
+			rt.Fatalf("%s gives way to %s, which cannot start: %s", r.ID, p.ID, after.obstacle(p))
+		}
+		after.add(p)
 	}
 	for i, r := range s.running {
 		for j, p := range s.queue {
 			putOff, _ := s.putOff(p)
 			if r.yields && !p.yields && r.Domain != "" && p.Domain == r.Domain && putOff == "" &&
-				!slices.Contains(v.yield, i) && after.without(r).full(p) == "" && !slices.ContainsFunc(s.queue[:j], func(o place) bool {
+				!given[i] && after.without(r).obstacle(p) == "" && !slices.ContainsFunc(s.queue[:j], func(o place) bool {
 				reason, _ := s.putOff(o)
 				return o.Domain == p.Domain && !o.yields && reason == ""
 			}) {

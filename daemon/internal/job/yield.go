@@ -10,11 +10,11 @@ import (
 )
 
 // ErrYield is the cause of a Kind's context when the job is to give way to
-// another one of its domain, which waits for it: it is undone, and begun again
-// when that one has ended.
-var ErrYield = errors.New("the job gives way to another one of its domain")
+// another one, of its domain or for its slot, which waits for it: it is undone,
+// and begun again when that one has ended.
+var ErrYield = errors.New("the job gives way to another one")
 
-// Yielder is a Kind whose jobs can give way to others of their domain.
+// Yielder is a Kind whose jobs can give way to others.
 type Yielder interface {
 	// Yields says whether a job is one that nobody waits for, so that it gives way.
 	Yields(j catalog.Job) bool
@@ -42,7 +42,7 @@ func (e *Engine) yieldPlace(en *entry, h *Handle) bool {
 	if err != nil {
 		return false
 	}
-	h.Log(e.base, slog.LevelInfo, "gives way to another job of its domain, and is begun again after it")
+	h.Log(e.base, slog.LevelInfo, "gives way to another job, and is begun again after it")
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	en.job.Attempt, en.job.Yielded = h.job.Attempt-1, h.job.Yielded+1

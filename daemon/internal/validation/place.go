@@ -47,10 +47,10 @@ func (p place) socket(target string) string  { return filepath.Join(p.sockets, t
 // tpm is the directory in which libvirt looks for the state of the domain's TPM.
 func (p place) tpm() string { return filepath.Join(hypervisor.TPMDirectory, p.uuid) }
 
-// logs are what libvirt and swtpm write about a domain, and leave.
+// logs are patterns of what libvirt and swtpm write about a domain, and leave.
 func logs(jobID string) []string {
 	name := hypervisor.ValidationName(jobID)
-	return []string{"/var/log/libvirt/qemu/" + name + ".log", "/var/log/swtpm/libvirt/qemu/" + name + "-swtpm.log"}
+	return []string{"/var/log/libvirt/qemu/" + name + ".log*", "/var/log/swtpm/libvirt/qemu/" + name + "-swtpm.log*"}
 }
 
 // passable: QEMU, under its own user, has to come to its files and sockets.
@@ -74,7 +74,28 @@ func (t *trial) make() error {
 	return nil
 }
 
-// free refuses to begin when so little is free for what the guest writes.
+// spaceEvery is how often it is looked how much is free while the guest writes.
+const spaceEvery = 250 * time.Millisecond
+
+// watchSpace ends the guest before it takes what must stay free, which backups
+// and the catalog live on.
+func (t *trial) watchSpace(ctx context.Context, g *guest, end context.CancelCauseFunc) {
+	tick := time.NewTicker(spaceEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			if err := t.free(t.settings.MinimumFree / 2); err != nil {
+				end(g.impede(err))
+				return
+			}
+		}
+	}
+}
+
+// free refuses to begin, or to go on, when so little is free for what the guest writes.
 func (t *trial) free(least uint64) error {
 	if err := os.MkdirAll(t.Directory, passable); err != nil {
 		return fmt.Errorf("cannot make a directory for a validation: %w", err)
@@ -178,13 +199,20 @@ func (k *Kind) endDomain(ctx context.Context, uuid string) error {
 
 func (k *Kind) removeFiles(jobID string) error {
 	p := k.place(jobID)
-	errs := []error{os.RemoveAll(p.directory), os.RemoveAll(p.sockets), os.RemoveAll(p.tpm())}
-	for _, file := range logs(jobID) {
-		if err := os.Remove(file); !errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, err)
+	errs := []error{os.RemoveAll(p.sockets), os.RemoveAll(p.tpm())}
+	for _, pattern := range logs(jobID) {
+		files, _ := filepath.Glob(pattern) // it is a good pattern
+		for _, file := range files {
+			if err := os.Remove(file); !errors.Is(err, fs.ErrNotExist) {
+				errs = append(errs, err)
+			}
 		}
 	}
-	if err := errors.Join(errs...); err != nil {
+	err := errors.Join(errs...)
+	if err == nil { // last: by this the rest is found again
+		err = os.RemoveAll(p.directory)
+	}
+	if err != nil {
 		return fmt.Errorf("cannot remove what a validation left: %w", err)
 	}
 	return nil

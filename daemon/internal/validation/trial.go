@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"time"
@@ -56,14 +57,15 @@ type trial struct {
 	started  time.Time // the domain
 }
 
-// try tries a backup, and clears up.
-func (k *Kind) try(ctx context.Context, h *job.Handle, r Request, b catalog.Backup) (report step.Report, err error) {
+// try tries a backup, and clears up. That something is left says nothing about
+// the backup.
+func (k *Kind) try(ctx context.Context, h *job.Handle, r Request, b catalog.Backup) (report step.Report, left, err error) {
 	t := &trial{Kind: k, job: h, backup: b, place: k.place(h.Job().ID), settings: k.Settings()}
 	if err := json.Unmarshal(b.Manifest, &t.manifest); err != nil {
-		return report, fmt.Errorf("cannot read the manifest of backup %s: %w", b.ID, err)
+		return report, nil, fmt.Errorf("cannot read the manifest of backup %s: %w", b.ID, err)
 	}
 	if t.wanted, err = k.Wanted(ctx, b.Domain); err != nil {
-		return report, err
+		return report, nil, err
 	}
 	if len(r.Steps) > 0 {
 		t.wanted.Steps = r.Steps
@@ -71,20 +73,21 @@ func (k *Kind) try(ctx context.Context, h *job.Handle, r Request, b catalog.Back
 	// A daemon before this one may have begun: what is left of that is of no use.
 	if h.Job().Step != "" {
 		if err := k.clear(ctx, h.Job().ID, t.uuid); err != nil {
-			return report, err
+			return report, nil, err
 		}
 	}
 	if err := h.Step(ctx, stepTrying, nil); err != nil {
-		return report, err
+		return report, nil, err
 	}
-	defer func() { err = errors.Join(err, t.end(ctx)) }()
+	defer func() { left = t.end(ctx) }()
 	if err := t.possible(ctx); err != nil {
-		return report, err
+		return report, nil, err
 	}
 	if err := t.make(); err != nil {
-		return report, err
+		return report, nil, err
 	}
-	return t.serve(ctx)
+	report, err = t.serve(ctx)
+	return report, nil, err
 }
 
 // end clears up. A daemon that goes down ends the guest, and leaves the rest to
@@ -144,7 +147,9 @@ func (t *trial) serve(ctx context.Context) (report step.Report, err error) {
 	}
 	t.job.Waits(phaseEnding)
 	// First who reads, then who serves: a QEMU without its disks says nothing.
-	err = errors.Join(err, t.endDomain(ctx, t.uuid))
+	if err := t.endDomain(ctx, t.uuid); err != nil {
+		t.job.Logger().WarnContext(ctx, "cannot end the domain of a validation; it is tried again", "error", err)
+	}
 	result, stopped := serving.Stop(ctx)
 	if result == nil {
 		return report, errors.Join(err, stopped)
@@ -175,6 +180,7 @@ func (t *trial) guest(ctx context.Context, serving *errand.Serving, uid, gid int
 	watched, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	g := t.newGuest(watched, serving, cancel)
+	go t.watchSpace(watched, g, cancel)
 	starting, done := context.WithTimeout(watched, startLimit)
 	err = t.Hypervisor.StartValidation(starting, definition)
 	done()
@@ -192,9 +198,25 @@ func (t *trial) guest(ctx context.Context, serving *errand.Serving, uid, gid int
 	return step.Run(watched, g, steps, t.job.Waits)
 }
 
+// maximumDefinition bounds a definition, in bytes; libvirt's own are far below.
+const maximumDefinition = 4 << 20
+
+func readAtMost(path string, most int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }()
+	content, err := io.ReadAll(io.LimitReader(f, most+1))
+	if err == nil && int64(len(content)) > most {
+		err = fmt.Errorf("it has more than %d bytes", most)
+	}
+	return content, err
+}
+
 // definition is that of the temporary domain.
 func (t *trial) definition(ctx context.Context) (string, error) {
-	document, err := os.ReadFile(filepath.Join(t.directory, definitionName))
+	document, err := readAtMost(filepath.Join(t.directory, definitionName), maximumDefinition)
 	if err != nil {
 		return "", fmt.Errorf("cannot read the domain's definition: %w", err)
 	}

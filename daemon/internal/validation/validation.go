@@ -142,7 +142,7 @@ func (k *Kind) Run(ctx context.Context, h *job.Handle) error {
 		return failure.Errorf(dbus.ErrDamaged, "backup %s is %s, and only complete ones are tried", b.ID, b.State)
 	}
 	started := time.Now()
-	report, err := k.try(ctx, h, r, b)
+	report, left, err := k.try(ctx, h, r, b)
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
@@ -161,7 +161,7 @@ func (k *Kind) Run(ctx context.Context, h *job.Handle) error {
 	case report.Verdict != step.Valid:
 		return failure.Errorf(dbus.ErrUnable, "cannot tell whether backup %s is valid: %s", b.ID, said(report))
 	}
-	return nil
+	return left // which Undo removes
 }
 
 // unable is the report on a backup that the host could not try; unless that is
@@ -235,19 +235,32 @@ func (k *Kind) Undo(ctx context.Context, h *job.Handle) error {
 	if err := k.clear(ctx, h.Job().ID, uuidOf(h.Job().ID)); err != nil {
 		return err
 	}
-	if !errors.Is(h.Failure(), job.ErrCancelled) || h.Job().Again {
+	if h.Job().Again {
 		return nil
 	}
-	return k.Withdrawn(ctx, h.Job())
+	if errors.Is(h.Failure(), job.ErrCancelled) {
+		return k.Withdrawn(ctx, h.Job())
+	}
+	// One that took too long, or made no progress, did not come to tell it.
+	last, err := k.Catalog.Validations(ctx, h.Job().Backup, 1)
+	if err != nil || len(last) > 0 && last[0].Job == h.Job().ID && !last[0].Finished.Before(h.Job().Started) {
+		return err
+	}
+	return k.untold(ctx, h.Job(), h.Failure().Error())
 }
 
 // Withdrawn makes it a job.Withdrawer: what somebody has cancelled does not come
 // again by itself before its time.
 func (k *Kind) Withdrawn(ctx context.Context, j catalog.Job) error {
+	return k.untold(ctx, j, "somebody cancelled it")
+}
+
+// untold records that a backup could not be tried.
+func (k *Kind) untold(ctx context.Context, j catalog.Job, why string) error {
 	now := time.Now()
 	err := k.Catalog.RecordValidation(ctx, catalog.ValidationRecord{
 		ID: ulid.Make().String(), Backup: j.Backup, Job: j.ID, Started: now,
-		ValidationSummary: catalog.ValidationSummary{Result: catalog.Unable, Cause: "somebody cancelled it", Finished: now},
+		ValidationSummary: catalog.ValidationSummary{Result: catalog.Unable, Cause: why, Finished: now},
 	}, nil)
 	if errors.Is(err, catalog.ErrNotFound) {
 		return nil

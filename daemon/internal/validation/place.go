@@ -88,7 +88,8 @@ func (t *trial) watchSpace(ctx context.Context, g *guest, end context.CancelCaus
 			return
 		case <-tick.C:
 			if err := t.free(t.settings.MinimumFree / 2); err != nil {
-				end(g.impede(err))
+				g.impede(err)
+				end(err)
 				return
 			}
 		}

@@ -242,7 +242,7 @@ func (h *Hypervisor) acquire(ctx context.Context) (*libvirt.Connect, error) {
 		case <-h.done:
 			return nil, errors.New("the connection to libvirt was closed")
 		case <-ctx.Done():
-			return nil, fmt.Errorf("%w: %w", ErrUnavailable, context.Cause(ctx))
+			return nil, fmt.Errorf("%w: %w", ErrDisconnected, context.Cause(ctx))
 		}
 	}
 }

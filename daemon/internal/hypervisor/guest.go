@@ -55,6 +55,8 @@ func (h *Hypervisor) withAgent(ctx context.Context, uuid, op string, fn func(*li
 // what the agent itself refuses, which libvirt calls an internal error.
 func agentError(err error) error {
 	switch {
+	case broken(err):
+		return err
 	case isCode(err, libvirt.ERR_ARGUMENT_UNSUPPORTED), isCode(err, libvirt.ERR_CONFIG_UNSUPPORTED):
 		return fmt.Errorf("%w: %s", ErrNoAgent, err.Error())
 	case isCode(err, libvirt.ERR_INTERNAL_ERROR):

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"time"
 
@@ -83,26 +84,34 @@ func (h *Hypervisor) Execute(ctx context.Context, uuid, path string, arguments [
 	if err != nil {
 		return Executed{}, err
 	}
+	return untilExited(ctx, func() (now execStatus, err error) {
+		err = h.askAgent(ctx, uuid, "ask for a program in", "guest-exec-status", map[string]int{"pid": started.PID}, &now)
+		return now, err
+	})
+}
+
+// execStatus is what the agent answers to guest-exec-status.
+type execStatus struct {
+	Exited       bool   `json:"exited"`
+	ExitCode     int    `json:"exitcode"`
+	Signal       int    `json:"signal"`
+	Out          string `json:"out-data"`
+	Err          string `json:"err-data"`
+	OutTruncated bool   `json:"out-truncated"`
+	ErrTruncated bool   `json:"err-truncated"`
+}
+
+// untilExited asks for a program until it has ended or ctx has. It may be asked
+// for again, so that an agent that is busy once costs nothing.
+func untilExited(ctx context.Context, ask func() (execStatus, error)) (Executed, error) {
 	for {
-		var now struct {
-			Exited       bool   `json:"exited"`
-			ExitCode     int    `json:"exitcode"`
-			Signal       int    `json:"signal"`
-			Out          string `json:"out-data"`
-			Err          string `json:"err-data"`
-			OutTruncated bool   `json:"out-truncated"`
-			ErrTruncated bool   `json:"err-truncated"`
-		}
-		if err := h.askAgent(ctx, uuid, "ask for a program in", "guest-exec-status", map[string]int{"pid": started.PID}, &now); err != nil {
+		now, err := ask()
+		switch {
+		case err == nil && now.Exited:
+			return now.executed()
+		case errors.Is(err, ErrAgentSilent) && ctx.Err() == nil: // next time
+		case err != nil:
 			return Executed{}, err
-		}
-		if now.Exited {
-			out, err1 := base64.StdEncoding.DecodeString(now.Out)
-			errors, err2 := base64.StdEncoding.DecodeString(now.Err)
-			if err1 != nil || err2 != nil {
-				return Executed{}, fmt.Errorf("%w: it gave output that is not base64", ErrAgent)
-			}
-			return Executed{now.ExitCode, now.Signal, out, errors, now.OutTruncated || now.ErrTruncated}, nil
 		}
 		select {
 		case <-ctx.Done():
@@ -110,4 +119,13 @@ func (h *Hypervisor) Execute(ctx context.Context, uuid, path string, arguments [
 		case <-time.After(execPoll):
 		}
 	}
+}
+
+func (s execStatus) executed() (Executed, error) {
+	stdout, err1 := base64.StdEncoding.DecodeString(s.Out)
+	stderr, err2 := base64.StdEncoding.DecodeString(s.Err)
+	if err1 != nil || err2 != nil {
+		return Executed{}, fmt.Errorf("%w: it gave output that is not base64", ErrAgent)
+	}
+	return Executed{s.ExitCode, s.Signal, stdout, stderr, s.OutTruncated || s.ErrTruncated}, nil
 }

@@ -46,6 +46,9 @@ var (
 	ErrForeignJob = errors.New("a backup job that virtbackup did not start is active")
 	// ErrUnavailable says that libvirt could not be reached, or did not answer in time.
 	ErrUnavailable = errors.New("libvirt does not answer")
+	// ErrDisconnected is the ErrUnavailable of one to which there is no connection, or
+	// to which it broke: it is libvirt that was away, whatever was asked.
+	ErrDisconnected = fmt.Errorf("%w: there is no connection to it", ErrUnavailable)
 )
 
 // runEventLoop starts libvirt's event loop, once in a process. It never ends,
@@ -148,13 +151,24 @@ func classify(err error) error {
 		libvirt.ERR_AGENT_UNSYNCED:          ErrAgentSilent,
 		libvirt.ERR_AGENT_COMMAND_TIMEOUT:   ErrAgentSilent,
 		libvirt.ERR_AGENT_COMMAND_FAILED:    ErrAgent,
-		libvirt.ERR_NO_CONNECT:              ErrUnavailable,
-		libvirt.ERR_RPC:                     ErrUnavailable,
+		libvirt.ERR_NO_CONNECT:              ErrDisconnected,
+		libvirt.ERR_RPC:                     ErrDisconnected,
 	}[lv.Code]
+	if broken(err) {
+		sentinel = ErrDisconnected
+	}
 	if sentinel == nil {
 		return fmt.Errorf("libvirt: %s (code %d)", lv.Message, int(lv.Code))
 	}
 	return fmt.Errorf("%w: libvirt: %s (code %d)", sentinel, lv.Message, int(lv.Code))
+}
+
+// broken tells whether err is that of a call whose connection broke, or was
+// closed already (virnetclient.c, virnetsocket.c).
+func broken(err error) bool {
+	var lv libvirt.Error
+	return errors.As(err, &lv) && lv.Domain == libvirt.FROM_RPC &&
+		(lv.Code == libvirt.ERR_INTERNAL_ERROR || lv.Code == libvirt.ERR_SYSTEM_ERROR)
 }
 
 // isCode tells whether err is libvirt's error of that number.

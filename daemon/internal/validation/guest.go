@@ -35,9 +35,11 @@ type guest struct {
 	uuid       string
 	limit      time.Duration // of a question to the agent
 
-	mu      sync.Mutex
-	stopped string // how it ended, as libvirt names it; "" while it runs, or if nobody saw
-	impeded error  // what on the host kept it from going on, at any time
+	mu        sync.Mutex
+	stopped   string // how it ended, as libvirt names it; "" while it runs, or if nobody saw
+	crashed   bool   // by itself: what libvirt does to its QEMU then is nobody's doing
+	disturbed error  // what somebody did to it
+	impeded   error  // what on the host kept it from going on, at any time
 }
 
 // server is whoever serves its disks.
@@ -87,17 +89,48 @@ func (g *guest) watch(ctx context.Context, end context.CancelCauseFunc) {
 
 func (g *guest) listen(events <-chan hypervisor.Event, end context.CancelCauseFunc) {
 	for e := range events {
-		switch {
-		case e.UUID != g.uuid || e.Kind != hypervisor.EventLifecycle:
-		case e.Action == "stopped":
-			g.mu.Lock()
-			g.stopped = e.Detail
-			g.mu.Unlock()
-		case e.Action == "suspended" && e.Detail == hypervisor.ReasonIOError:
+		if e.UUID != g.uuid || e.Kind != hypervisor.EventLifecycle {
+			continue
+		}
+		if e.Action == "suspended" && e.Detail == hypervisor.ReasonIOError {
 			g.impede(errPaused)
 			end(errPaused)
+			continue
+		}
+		g.saw(e)
+	}
+}
+
+// saw notes an event of its life. A guest that panics, and has a device to say
+// so, is paused and its QEMU told to end by libvirt itself.
+func (g *guest) saw(e hypervisor.Event) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	switch e.Action {
+	case "stopped":
+		g.stopped = e.Detail
+		g.crashed = g.crashed || e.Detail == "crashed"
+	case "crashed":
+		g.crashed = true
+	case "shutdown":
+		if e.Detail == "host" && g.disturbed == nil { // its QEMU got a signal
+			g.disturbed = errKilled
+		}
+	case "suspended":
+		if e.Detail == "paused" && g.disturbed == nil {
+			g.disturbed = errSuspended
 		}
 	}
+}
+
+// hindrance is what has kept it from going on so far.
+func (g *guest) hindrance() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.impeded == nil && !g.crashed {
+		return g.disturbed
+	}
+	return g.impeded
 }
 
 // impede notes what keeps the guest from going on; the first reason stays.
@@ -131,12 +164,18 @@ func refused(s transfer.Status) error {
 }
 
 var (
-	errServer = failure.Errorf(dbus.ErrUnable, "the worker that serves its disks has ended")
-	errPaused = failure.Errorf(dbus.ErrUnable, "QEMU has paused the guest, as it cannot write to an overlay: is there space for it?")
+	errServer    = failure.Errorf(dbus.ErrUnable, "the worker that serves its disks has ended")
+	errKilled    = failure.Errorf(dbus.ErrUnable, "its QEMU was ended from outside, by a signal")
+	errSuspended = failure.Errorf(dbus.ErrUnable, "somebody paused the guest")
+	errPaused    = failure.Errorf(dbus.ErrUnable, "QEMU has paused the guest, as it cannot write to an overlay: is there space for it?")
 )
 
-// meant tells a step what an error means.
-func meant(err error) error {
+// meant tells a step what an error means. A guest is excused for what it did not
+// do while libvirt was away: nobody could see it.
+func (g *guest) meant(err error) error {
+	if errors.Is(err, hypervisor.ErrDisconnected) {
+		g.impede(fmt.Errorf("libvirt was away meanwhile: %w", err))
+	}
 	for _, one := range []struct{ is, means error }{
 		{hypervisor.ErrNoAgent, step.ErrNoAgent},
 		{hypervisor.ErrAgentSilent, step.ErrSilent},
@@ -152,28 +191,28 @@ func meant(err error) error {
 }
 
 // Ping asks the agent for an answer. While libvirt is away, as when it is
-// restarted, nobody answers: that it stays away, Impeded tells.
+// restarted, nobody answers.
 func (g *guest) Ping(ctx context.Context) error {
 	within, cancel := context.WithTimeout(ctx, pingLimit)
 	defer cancel()
-	err := g.hypervisor.PingAgent(within, g.uuid)
+	err := g.meant(g.hypervisor.PingAgent(within, g.uuid))
 	if errors.Is(err, hypervisor.ErrUnavailable) {
 		return fmt.Errorf("%w: %w", step.ErrSilent, err)
 	}
-	return meant(err)
+	return err
 }
 
 func (g *guest) System(ctx context.Context) (string, error) {
 	within, cancel := context.WithTimeout(ctx, g.limit)
 	defer cancel()
 	name, err := g.hypervisor.GuestSystem(within, g.uuid)
-	return name, meant(err)
+	return name, g.meant(err)
 }
 
 func (g *guest) Execute(ctx context.Context, c step.Command) (step.Output, error) {
 	done, err := g.hypervisor.Execute(ctx, g.uuid, c.Path, c.Arguments, c.Input)
 	if err != nil {
-		return step.Output{}, meant(err)
+		return step.Output{}, g.meant(err)
 	}
 	o := step.Output{ExitCode: done.ExitCode, Stdout: done.Stdout, Stderr: done.Stderr, Truncated: done.Truncated}
 	if done.Signal != 0 {
@@ -191,16 +230,13 @@ func (g *guest) Screenshot(ctx context.Context) ([]byte, error) {
 	within, cancel := context.WithTimeout(ctx, g.limit)
 	defer cancel()
 	picture, err := g.hypervisor.Screenshot(within, g.uuid)
-	return picture, meant(err)
+	return picture, g.meant(err)
 }
 
 // Impeded says what on the host keeps the guest from going on.
 func (g *guest) Impeded(ctx context.Context) error {
-	g.mu.Lock()
-	impeded := g.impeded
-	g.mu.Unlock()
-	if impeded != nil {
-		return impeded
+	if err := g.hindrance(); err != nil {
+		return err
 	}
 	select {
 	case <-g.serving.Done():
@@ -235,7 +271,7 @@ func (g *guest) ended(ctx context.Context) error {
 		g.mu.Unlock()
 		switch how {
 		case "shutdown", "crashed":
-			return nil
+			return g.hindrance() // what tells of it may have come meanwhile
 		case "":
 			if time.Now().Before(deadline) && ctx.Err() == nil {
 				time.Sleep(50 * time.Millisecond)

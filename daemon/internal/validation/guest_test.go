@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -47,7 +48,12 @@ func (d *domain) Subscribe(context.Context) <-chan hypervisor.Event { return d.e
 func (d *domain) State(context.Context, string) (string, string, error) {
 	return d.state, d.reason, d.err
 }
-func (d *domain) PingAgent(context.Context, string) error { return d.err }
+func (d *domain) PingAgent(context.Context, string) error             { return d.err }
+func (d *domain) GuestSystem(context.Context, string) (string, error) { return "", d.err }
+func (d *domain) Execute(context.Context, string, string, []string, []byte) (hypervisor.Executed, error) {
+	return hypervisor.Executed{}, d.err
+}
+func (d *domain) Screenshot(context.Context, string) ([]byte, error) { return nil, d.err }
 
 const testUUID = "aaaaaaaa-bbbb-8ccc-8ddd-eeeeeeeeeeee"
 
@@ -138,6 +144,71 @@ func TestHowItEnded(t *testing.T) {
 				t.Errorf("%q: %v", how, err)
 			}
 		})
+	}
+}
+
+// TestDisturbed tells what somebody does to a guest from what libvirt does after
+// the guest's own end.
+func TestDisturbed(t *testing.T) {
+	for name, c := range map[string]struct {
+		events string
+		itself bool
+	}{
+		"powers itself off": {"shutdown/guest stopped/shutdown", true},
+		"SIGTERM to QEMU":   {"shutdown/host stopped/shutdown", false},
+		"a pause":           {"suspended/paused resumed/unpaused stopped/shutdown", false},
+		"panic device":      {"suspended/paused crashed/panicked shutdown/host stopped/crashed", true},
+		"seen late":         {"suspended/paused stopped/crashed", true},
+	} {
+		watched(t, func(t *testing.T, g *guest, d *domain, _ *served, ended func() error) {
+			d.err = fmt.Errorf("%w: gone", hypervisor.ErrNoDomain)
+			for _, e := range strings.Fields(c.events) {
+				action, detail, _ := strings.Cut(e, "/")
+				d.events <- hypervisor.Event{Kind: hypervisor.EventLifecycle, UUID: testUUID, Action: action, Detail: detail}
+			}
+			if err := g.Impeded(t.Context()); (err == nil) != c.itself {
+				t.Errorf("%s: %v", name, err)
+			}
+			if err := ended(); err != nil {
+				t.Errorf("%s: it is ended: %v", name, err)
+			}
+		})
+	}
+	// One that runs again is excused all the same: it was late.
+	watched(t, func(t *testing.T, g *guest, d *domain, _ *served, ended func() error) {
+		d.events <- hypervisor.Event{Kind: hypervisor.EventLifecycle, UUID: testUUID, Action: "suspended", Detail: "paused"}
+		if ended(); !errors.Is(g.Impeded(t.Context()), errSuspended) {
+			t.Error("it was paused, and is not excused")
+		}
+	})
+}
+
+// TestLibvirtWasAway has libvirt away when a guest is asked, and back when
+// somebody looks why it did not answer.
+func TestLibvirtWasAway(t *testing.T) {
+	for name, ask := range map[string]func(context.Context, *guest) error{
+		"ping":       func(ctx context.Context, g *guest) error { return g.Ping(ctx) },
+		"system":     func(ctx context.Context, g *guest) error { _, err := g.System(ctx); return err },
+		"execute":    func(ctx context.Context, g *guest) error { _, err := g.Execute(ctx, step.Command{}); return err },
+		"screenshot": func(ctx context.Context, g *guest) error { _, err := g.Screenshot(ctx); return err },
+	} {
+		for _, away := range []bool{true, false} {
+			watched(t, func(t *testing.T, g *guest, d *domain, _ *served, ended func() error) {
+				if d.err = hypervisor.ErrUnavailable; away { // else it is slow, as an agent may be
+					d.err = fmt.Errorf("cannot ask: %w: %w", hypervisor.ErrDisconnected, context.DeadlineExceeded)
+				}
+				if err := ask(t.Context(), g); err == nil {
+					t.Errorf("%s: no error", name)
+				}
+				d.err = nil
+				if err := g.Impeded(t.Context()); errors.Is(err, hypervisor.ErrDisconnected) != away || (err != nil) != away {
+					t.Errorf("%s, away %v: %v", name, away, err)
+				}
+				if err := ended(); err != nil {
+					t.Errorf("%s: it is ended: %v", name, err)
+				}
+			})
+		}
 	}
 }
 

@@ -181,9 +181,41 @@ func (a *app) wire() {
 	})
 	a.mounts = a.newMounts()
 	a.health = a.newHealth()
+	kinds := a.kinds(c)
+	a.engine = job.New(a.catalog, kinds.all, job.Options{
+		Logger: a.log, KeepFor: keepJobsFor, KeepMost: keepJobs,
+		Limits: jobLimits(c), Classes: jobClasses(), Passing: failure.Passing,
+	})
+	host, err := os.Hostname()
+	if err != nil {
+		a.log.Warn("cannot tell the name of this host", "error", err)
+	}
+	a.upkeep = &upkeep.Keeper{Chores: kinds.chores, Jobs: a.engine, Log: a.log}
+	a.schedules = schedule.New(a.catalog, a.timers, a.log)
+	a.service = service.New(service.Deps{
+		Catalog: a.catalog, Jobs: a.engine, Domains: a.hypervisor, Restore: kinds.restores, Lifecycle: a.lifecycle, Schedules: a.schedules, Storage: a.mounts, Ended: &a.ended, Config: c, Reload: a.reload,
+		OfferingFiles: func() ([]config.OfferingFile, error) {
+			return config.LoadOfferings(filepath.Join(filepath.Dir(a.path), config.OfferingsDirectory))
+		},
+		Host: host, Version: version, Log: a.log,
+	})
+	a.service.Notify(a.server)
+	a.schedules.Use(a.service)
+}
+
+// kinds are those of jobs.
+type kinds struct {
+	all      map[string]job.Kind
+	chores   []upkeep.Chore // those that find out by themselves what is due
+	restores *restore.Kind
+}
+
+// kinds makes the kinds of jobs.
+func (a *app) kinds(c *config.Config) kinds {
 	errands := errand.Sender{Supervisor: a.workers, Limits: a.limits, KeyFile: a.keyPath(), Pins: a.catalog.Pins, Storage: a.mounts}
 	overlays := &overlay.Keeper{Hypervisor: a.hypervisor, Catalog: a.catalog, Lifecycle: a.lifecycle, Log: a.log}
 	exporter := &export.Exporter{Units: a.units, Directory: filepath.Join(c.Daemon.RuntimeDirectory, "exports")}
+	destinations := func() []string { return a.settings.Load().Restore.Destinations }
 	a.backup = backup.New(backup.Deps{
 		Overlays: overlays,
 		Catalog:  a.catalog, Hypervisor: a.hypervisor, Errands: errands, Settings: a.backupSettings, Version: version, Log: a.log,
@@ -192,57 +224,38 @@ func (a *app) wire() {
 			Directory: filepath.Join(c.Daemon.RuntimeDirectory, "frozen"), Limit: c.Libvirt.HoldLimit, Log: a.log,
 		}),
 	})
-	restores := restore.New(restore.Deps{
-		Catalog: a.catalog, Hypervisor: a.hypervisor, Errand: errands, Overlays: overlays, Log: a.log,
-		Destinations: func() []string { return a.settings.Load().Restore.Destinations },
-	})
-	compressions := compression.Kind{Catalog: a.catalog, Errand: errands, Settings: a.compressionSettings}
 	a.validation = validation.New(validation.Deps{
 		Catalog: a.catalog, Hypervisor: a.hypervisor, Errand: errands, Settings: a.validationSettings, Log: a.log,
 		Wanted: func(ctx context.Context, domain string) (catalog.Validation, error) {
 			return a.service.EffectiveValidation(ctx, domain)
 		},
-		BootDirectories: func() []string { return a.settings.Load().Restore.Destinations },
+		BootDirectories: destinations,
 		Directory:       filepath.Join(c.Daemon.StateDirectory, "validation"), RuntimeDirectory: filepath.Join(c.Daemon.RuntimeDirectory, "validation"),
 	})
+	restores := restore.New(restore.Deps{
+		Catalog: a.catalog, Hypervisor: a.hypervisor, Errand: errands, Overlays: overlays, Log: a.log, Destinations: destinations,
+	})
+	compressions := compression.Kind{Catalog: a.catalog, Errand: errands, Settings: a.compressionSettings}
 	verifications := verification.Verify{Catalog: a.catalog, Errand: errands, Settings: a.verificationSettings}
-	a.engine = job.New(a.catalog, map[string]job.Kind{
-		string(dbus.OperationValidate): a.validation,
-		string(dbus.OperationCompress): compressions,
-		string(dbus.OperationRepair): repair.Kind{Catalog: a.catalog, Errand: errands,
-			Live: repair.Live{Domains: a.hypervisor, Exporter: exporter, Limits: a.limits}},
+	return kinds{restores: restores, chores: []upkeep.Chore{compressions, a.validation, verifications}, all: map[string]job.Kind{
 		backup.KindName:                      a.backup,
+		group.KindName:                       group.Kind{Catalog: a.catalog},
 		string(dbus.OperationRestore):        restores,
 		string(dbus.OperationRestoreInPlace): restores,
-		group.KindName:                       group.Kind{Catalog: a.catalog},
+		string(dbus.OperationCompress):       compressions,
+		string(dbus.OperationValidate):       a.validation,
 		string(dbus.OperationVerify):         verifications,
-		string(dbus.OperationCheck):          verification.Check{Catalog: a.catalog, Errand: errands, Forget: a.mounts.Forget},
-		string(dbus.OperationDelete):         removal.Delete{Catalog: a.catalog, Errand: errands},
-		string(dbus.OperationScan):           scan.Scan{Catalog: a.catalog, Errand: errands},
-		string(dbus.OperationInspect):        scan.Inspect{Catalog: a.catalog, Errand: errands},
+		string(dbus.OperationRepair): repair.Kind{Catalog: a.catalog, Errand: errands,
+			Live: repair.Live{Domains: a.hypervisor, Exporter: exporter, Limits: a.limits}},
+		string(dbus.OperationCheck):   verification.Check{Catalog: a.catalog, Errand: errands, Forget: a.mounts.Forget},
+		string(dbus.OperationDelete):  removal.Delete{Catalog: a.catalog, Errand: errands},
+		string(dbus.OperationScan):    scan.Scan{Catalog: a.catalog, Errand: errands},
+		string(dbus.OperationInspect): scan.Inspect{Catalog: a.catalog, Errand: errands},
 		string(dbus.OperationPrune): retention.Prune{Catalog: a.catalog, Errand: errands,
 			Policy: func(ctx context.Context, domain string) (chain.Retention, error) {
 				return a.service.EffectiveRetention(ctx, domain)
 			}},
-	}, job.Options{
-		Logger: a.log, KeepFor: keepJobsFor, KeepMost: keepJobs,
-		Limits: jobLimits(c), Classes: jobClasses(), Passing: failure.Passing,
-	})
-	host, err := os.Hostname()
-	if err != nil {
-		a.log.Warn("cannot tell the name of this host", "error", err)
-	}
-	a.upkeep = &upkeep.Keeper{Chores: []upkeep.Chore{compressions, a.validation, verifications}, Jobs: a.engine, Log: a.log}
-	a.schedules = schedule.New(a.catalog, a.timers, a.log)
-	a.service = service.New(service.Deps{
-		Catalog: a.catalog, Jobs: a.engine, Domains: a.hypervisor, Restore: restores, Lifecycle: a.lifecycle, Schedules: a.schedules, Storage: a.mounts, Ended: &a.ended, Config: c, Reload: a.reload,
-		OfferingFiles: func() ([]config.OfferingFile, error) {
-			return config.LoadOfferings(filepath.Join(filepath.Dir(a.path), config.OfferingsDirectory))
-		},
-		Host: host, Version: version, Log: a.log,
-	})
-	a.service.Notify(a.server)
-	a.schedules.Use(a.service)
+	}}
 }
 
 // serve takes up what an earlier life left, answers calls until ctx ends, and

@@ -21,13 +21,8 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/backup"
 	"github.com/virtbackup/virtbackup/daemon/internal/bus"
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
-	"github.com/virtbackup/virtbackup/daemon/internal/chain"
-	"github.com/virtbackup/virtbackup/daemon/internal/compression"
 	"github.com/virtbackup/virtbackup/daemon/internal/config"
-	"github.com/virtbackup/virtbackup/daemon/internal/errand"
-	"github.com/virtbackup/virtbackup/daemon/internal/export"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
-	"github.com/virtbackup/virtbackup/daemon/internal/group"
 	"github.com/virtbackup/virtbackup/daemon/internal/health"
 	"github.com/virtbackup/virtbackup/daemon/internal/hypervisor"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
@@ -35,21 +30,11 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/lifecycle"
 	"github.com/virtbackup/virtbackup/daemon/internal/metrics"
 	"github.com/virtbackup/virtbackup/daemon/internal/mounts"
-	"github.com/virtbackup/virtbackup/daemon/internal/overlay"
-	"github.com/virtbackup/virtbackup/daemon/internal/quiesce"
-	"github.com/virtbackup/virtbackup/daemon/internal/removal"
-	"github.com/virtbackup/virtbackup/daemon/internal/repair"
-	"github.com/virtbackup/virtbackup/daemon/internal/restore"
-	"github.com/virtbackup/virtbackup/daemon/internal/retention"
-	"github.com/virtbackup/virtbackup/daemon/internal/scan"
 	"github.com/virtbackup/virtbackup/daemon/internal/schedule"
 	"github.com/virtbackup/virtbackup/daemon/internal/service"
-	"github.com/virtbackup/virtbackup/daemon/internal/share"
 	"github.com/virtbackup/virtbackup/daemon/internal/supervise"
 	"github.com/virtbackup/virtbackup/daemon/internal/upkeep"
 	"github.com/virtbackup/virtbackup/daemon/internal/validation"
-	"github.com/virtbackup/virtbackup/daemon/internal/verification"
-	"github.com/virtbackup/virtbackup/daemon/internal/window"
 	"github.com/virtbackup/virtbackup/dbus"
 	"github.com/virtbackup/virtbackup/hooks/spool"
 	"github.com/virtbackup/virtbackup/policy"
@@ -201,61 +186,6 @@ func (a *app) wire() {
 	})
 	a.service.Notify(a.server)
 	a.schedules.Use(a.service)
-}
-
-// kinds are those of jobs.
-type kinds struct {
-	all      map[string]job.Kind
-	chores   []upkeep.Chore // those that find out by themselves what is due
-	restores *restore.Kind
-}
-
-// kinds makes the kinds of jobs.
-func (a *app) kinds(c *config.Config) kinds {
-	errands := errand.Sender{Supervisor: a.workers, Limits: a.limits, KeyFile: a.keyPath(), Pins: a.catalog.Pins, Storage: a.mounts}
-	overlays := &overlay.Keeper{Hypervisor: a.hypervisor, Catalog: a.catalog, Lifecycle: a.lifecycle, Log: a.log}
-	exporter := &export.Exporter{Units: a.units, Directory: filepath.Join(c.Daemon.RuntimeDirectory, "exports")}
-	destinations := func() []string { return a.settings.Load().Restore.Destinations }
-	a.backup = backup.New(backup.Deps{
-		Overlays: overlays,
-		Catalog:  a.catalog, Hypervisor: a.hypervisor, Errands: errands, Settings: a.backupSettings, Version: version, Log: a.log,
-		Keeper: a.lifecycle, Exporter: exporter,
-		Quiescer: quiesce.New(a.hypervisor, quiesce.ThawUnit{URI: c.Libvirt.URI}, quiesce.Options{
-			Directory: filepath.Join(c.Daemon.RuntimeDirectory, "frozen"), Limit: c.Libvirt.HoldLimit, Log: a.log,
-		}),
-	})
-	a.validation = validation.New(validation.Deps{
-		Catalog: a.catalog, Hypervisor: a.hypervisor, Errand: errands, Settings: a.validationSettings, Log: a.log,
-		Wanted: func(ctx context.Context, domain string) (catalog.Validation, error) {
-			return a.service.EffectiveValidation(ctx, domain)
-		},
-		BootDirectories: destinations,
-		Directory:       filepath.Join(c.Daemon.StateDirectory, "validation"), RuntimeDirectory: filepath.Join(c.Daemon.RuntimeDirectory, "validation"),
-	})
-	restores := restore.New(restore.Deps{
-		Catalog: a.catalog, Hypervisor: a.hypervisor, Errand: errands, Overlays: overlays, Log: a.log, Destinations: destinations,
-	})
-	compressions := compression.Kind{Catalog: a.catalog, Errand: errands, Settings: a.compressionSettings}
-	verifications := verification.Verify{Catalog: a.catalog, Errand: errands, Settings: a.verificationSettings}
-	return kinds{restores: restores, chores: []upkeep.Chore{compressions, a.validation, verifications}, all: map[string]job.Kind{
-		backup.KindName:                      a.backup,
-		group.KindName:                       group.Kind{Catalog: a.catalog},
-		string(dbus.OperationRestore):        restores,
-		string(dbus.OperationRestoreInPlace): restores,
-		string(dbus.OperationCompress):       compressions,
-		string(dbus.OperationValidate):       a.validation,
-		string(dbus.OperationVerify):         verifications,
-		string(dbus.OperationRepair): repair.Kind{Catalog: a.catalog, Errand: errands,
-			Live: repair.Live{Domains: a.hypervisor, Exporter: exporter, Limits: a.limits}},
-		string(dbus.OperationCheck):   verification.Check{Catalog: a.catalog, Errand: errands, Forget: a.mounts.Forget},
-		string(dbus.OperationDelete):  removal.Delete{Catalog: a.catalog, Errand: errands},
-		string(dbus.OperationScan):    scan.Scan{Catalog: a.catalog, Errand: errands},
-		string(dbus.OperationInspect): scan.Inspect{Catalog: a.catalog, Errand: errands},
-		string(dbus.OperationPrune): retention.Prune{Catalog: a.catalog, Errand: errands,
-			Policy: func(ctx context.Context, domain string) (chain.Retention, error) {
-				return a.service.EffectiveRetention(ctx, domain)
-			}},
-	}}
 }
 
 // serve takes up what an earlier life left, answers calls until ctx ends, and
@@ -476,53 +406,6 @@ func (a *app) catalogPath() string {
 
 func (a *app) keyPath() string {
 	return filepath.Join(a.settings.Load().Daemon.StateDirectory, "manifest.key")
-}
-
-func (a *app) limits() jobunit.Limits {
-	l := a.settings.Load().Limits
-	return jobunit.Limits{
-		CPUWeight: uint64(l.CPUWeight), CPUQuota: uint64(l.CPUQuota), IOWeight: uint64(l.IOWeight), MemoryMax: uint64(l.MemoryMax),
-	}
-}
-
-const megabyte = 1_000_000
-
-// rates are what all workers share.
-func (a *app) rates() share.Rates {
-	l := a.settings.Load().Limits
-	return share.Rates{
-		Job: uint64(l.RatePerJob) * megabyte, Repository: uint64(l.RatePerRepository) * megabyte, Host: uint64(l.RatePerHost) * megabyte,
-	}
-}
-
-func (a *app) compressionSettings() compression.Settings {
-	c := a.settings.Load().Compression
-	return compression.Settings{Enabled: c.Enabled, Attempts: 1 + c.Retries, Threads: c.Threads, Factor: c.MinimumFree, Rate: uint64(c.Rate) * megabyte}
-}
-
-func (a *app) validationSettings() validation.Settings {
-	c := a.settings.Load()
-	v := c.Validation
-	return validation.Settings{
-		Enabled: v.Enabled, Interval: v.Interval, Attempts: 1 + v.Retries, Memory: uint64(v.MemoryMax), CPUs: v.CPUs, EndChain: v.EndChain,
-		MinimumFree: uint64(c.Limits.MinimumFreeScratch), BootTimeout: v.BootTimeout, CommandTimeout: v.CommandTimeout, ScreenshotWait: v.ScreenshotWait,
-	}
-}
-
-func (a *app) verificationSettings() verification.Settings {
-	c := a.settings.Load()
-	w, _ := window.ParseAll(c.Verification.Window) // the configuration has been checked: it can be read
-	return verification.Settings{
-		Enabled: c.Verification.Enabled, Every: c.Verification.Every, Share: uint64(c.Verification.BytesPerNight), Window: w,
-		Attempts: c.Jobs.Attempts, Rate: uint64(c.Verification.Rate) * megabyte,
-	}
-}
-
-func (a *app) backupSettings() backup.Settings {
-	c := a.settings.Load()
-	return backup.Settings{
-		ScratchDirectory: c.Backup.ScratchDirectory, MinimumFreeScratch: uint64(c.Limits.MinimumFreeScratch),
-	}
 }
 
 // makeDirectories makes what we and QEMU need, and this host's key. QEMU, under

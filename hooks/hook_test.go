@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/xml"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -141,6 +143,43 @@ func TestEveryOperationIsRecorded(t *testing.T) {
 		}
 		if diff := cmp.Diff(want, r); diff != "" {
 			t.Errorf("%s: %s", operations[i], diff)
+		}
+	}
+}
+
+// A temporary domain of ours is nobody's to track; whatever only looks like one is.
+func TestValidationsAreNotRecorded(t *testing.T) {
+	const job = "01KB5W3V9M8Q4T2R7XYZ0A1B2C"
+	const prefix = "virtbackup-validation-"
+	for _, test := range []struct {
+		name, job, namespace string
+		recorded             bool
+	}{
+		{prefix + strings.ToLower(job), job, "https://virtbackup.org/xmlns/validation/1", false},
+		{prefix + strings.ToLower(job), job, "https://example.org", true},
+		{prefix + strings.ToLower(job), strings.ToLower(job), "https://virtbackup.org/xmlns/validation/1", true},
+		{prefix, "", "https://virtbackup.org/xmlns/validation/1", true},
+		{prefix + "x", "X", "https://virtbackup.org/xmlns/validation/1", true},
+		{prefix + strings.ToLower(job) + "x", job + "X", "https://virtbackup.org/xmlns/validation/1", true},
+		{prefix + strings.ToLower(job) + "\n", job + "\n", "https://virtbackup.org/xmlns/validation/1", true},
+		{"web", job, "https://virtbackup.org/xmlns/validation/1", true},
+	} {
+		var escaped strings.Builder
+		if err := xml.EscapeText(&escaped, []byte(test.job)); err != nil {
+			t.Fatal(err)
+		}
+		mark := fmt.Sprintf("<metadata><v:validation xmlns:v='%s' job='%s' backup='b'/></metadata><devices>", test.namespace, escaped.String())
+		directory := t.TempDir()
+		c := call{directory: directory, libvirt: spool.Process(os.Getpid()), deadline: monotonic() + time.Hour, args: []string{test.name, "started", "begin", "-"}}
+		if err := c.record(t.Context(), strings.NewReader(strings.Replace(fmt.Sprintf(definition, ""), "<devices>", mark, 1))); err != nil {
+			t.Errorf("%q: %v", test.name, err)
+		}
+		all, err := spool.Read(directory)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			t.Fatal(err)
+		}
+		if (len(all) > 0) != test.recorded {
+			t.Errorf("%q with job %q: %d records", test.name, test.job, len(all))
 		}
 	}
 }

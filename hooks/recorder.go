@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"time"
 
@@ -66,8 +67,7 @@ func (c call) record(ctx context.Context, stdin io.Reader) error {
 		} `xml:"metadata"`
 	}
 	err := xml.Unmarshal(text, &d)
-	// By its name too: anybody may define a domain by a copy of ours.
-	if err == nil && d.Mark.Validation != nil && r.Name == "virtbackup-validation-"+strings.ToLower(d.Mark.Validation.Job) {
+	if err == nil && d.Mark.Validation != nil && isValidation(r.Name, d.Mark.Validation.Job) {
 		return nil // a temporary domain of ours, whose disks nobody tracks
 	}
 	if err != nil {
@@ -88,6 +88,13 @@ func (c call) record(ctx context.Context, stdin io.Reader) error {
 		err = makeRevertible(limited, text)
 	}
 	return errors.Join(err, written)
+}
+
+// isValidation tells whether a domain that is marked with a job is one that a
+// backup is tried with. By its name too: anybody may define a domain by a copy of
+// ours. The daemon has the same rule.
+func isValidation(name, job string) bool {
+	return regexp.MustCompile(`^[0-9A-Z]{26}$`).MatchString(job) && name == "virtbackup-validation-"+strings.ToLower(job)
 }
 
 // statusDirectory is where libvirt keeps the state of the domains that run, in

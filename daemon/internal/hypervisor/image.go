@@ -30,9 +30,40 @@ func MakeImage(ctx context.Context, path string, size uint64, uid, gid int) erro
 	return nil
 }
 
-// User is the user as which libvirt's system instance runs QEMU: on Debian and
-// its kin libvirt-qemu, elsewhere qemu.
+// User is the user as which libvirt's system instance runs QEMU: the one that its
+// settings name, else on Debian and its kin libvirt-qemu, elsewhere qemu.
 func User() (uid, gid int, err error) {
+	content, err := settings()
+	if err == nil {
+		uid, gid, err = qemuUser(content)
+	}
+	if err != nil {
+		return 0, 0, fmt.Errorf("cannot find out who QEMU runs as: %w", err)
+	}
+	return uid, gid, nil
+}
+
+// qemuUser is User by the content of the settings.
+func qemuUser(settings []byte) (uid, gid int, err error) {
+	name, group := setting(settings, "user", ""), setting(settings, "group", "")
+	if name == "" || group == "" {
+		if uid, gid, err = usualUser(); err != nil {
+			return 0, 0, err
+		}
+	}
+	if name != "" {
+		if uid, err = lookupUser(name); err != nil {
+			return 0, 0, err
+		}
+	}
+	if group != "" {
+		gid, err = lookupGroup(group)
+	}
+	return uid, gid, err
+}
+
+// usualUser is the one that distributions build libvirt with.
+func usualUser() (uid, gid int, err error) {
 	for _, name := range []string{"libvirt-qemu", "qemu"} {
 		u, err := user.Lookup(name)
 		if err != nil {
@@ -42,5 +73,5 @@ func User() (uid, gid int, err error) {
 		gid, err2 := strconv.Atoi(u.Gid)
 		return uid, gid, errors.Join(err1, err2)
 	}
-	return 0, 0, errors.New("cannot find the user as which QEMU runs: there is neither libvirt-qemu nor qemu")
+	return 0, 0, errors.New("there is neither a user libvirt-qemu nor qemu: set user and group in " + qemuSettings)
 }

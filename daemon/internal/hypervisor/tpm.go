@@ -89,41 +89,59 @@ const qemuSettings = "/etc/libvirt/qemu.conf"
 // TPMOwner returns who swtpm runs as, which is who must own the state of a TPM:
 // libvirt gives it the directory, but not the file.
 func TPMOwner() (uid, gid int, err error) {
-	content, err := os.ReadFile(qemuSettings)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	content, err := settings()
+	if err == nil {
+		uid, gid, err = tpmOwner(content)
+	}
+	if err != nil {
 		return 0, 0, fmt.Errorf("cannot find out who swtpm runs as: %w", err)
 	}
-	return tpmOwner(content)
+	return uid, gid, nil
+}
+
+// settings reads libvirt's settings, which need not be there.
+func settings() ([]byte, error) {
+	content, err := os.ReadFile(qemuSettings)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	return content, err
 }
 
 // tpmOwner is TPMOwner by the content of the settings.
 func tpmOwner(settings []byte) (uid, gid int, err error) {
-	uid, err = lookupID(setting(settings, "swtpm_user"), func(name string) (string, error) {
+	if uid, err = lookupUser(setting(settings, "swtpm_user", "tss")); err != nil {
+		return 0, 0, err
+	}
+	gid, err = lookupGroup(setting(settings, "swtpm_group", "tss"))
+	return uid, gid, err
+}
+
+func lookupUser(name string) (int, error) {
+	return lookupID(name, func(name string) (string, error) {
 		u, err := user.Lookup(name)
 		if err != nil {
 			return "", err
 		}
 		return u.Uid, nil
 	})
-	if err != nil {
-		return 0, 0, err
-	}
-	gid, err = lookupID(setting(settings, "swtpm_group"), func(name string) (string, error) {
+}
+
+func lookupGroup(name string) (int, error) {
+	return lookupID(name, func(name string) (string, error) {
 		g, err := user.LookupGroup(name)
 		if err != nil {
 			return "", err
 		}
 		return g.Gid, nil
 	})
-	return uid, gid, err
 }
 
-// setting returns a word from libvirt's settings; both that are asked for have
-// the default "tss".
-func setting(settings []byte, name string) string {
+// setting returns a word from libvirt's settings, or what it is without one.
+func setting(settings []byte, name, without string) string {
 	m := regexp.MustCompile(`(?m)^[ \t]*` + name + `[ \t]*=[ \t]*["']([^"'\n]+)["']`).FindSubmatch(settings)
 	if m == nil {
-		return "tss"
+		return without
 	}
 	return string(m[1])
 }
@@ -139,7 +157,7 @@ func lookupID(name string, find func(string) (string, error)) (int, error) {
 	}
 	id, err := strconv.ParseUint(number, 10, 31)
 	if err != nil {
-		return 0, fmt.Errorf("cannot find out who swtpm runs as: there is no %q", name)
+		return 0, fmt.Errorf("there is no %q", name)
 	}
 	return int(id), nil
 }

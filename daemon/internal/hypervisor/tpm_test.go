@@ -1,6 +1,7 @@
 package hypervisor
 
 import (
+	"strings"
 	"testing"
 
 	"libvirt.org/go/libvirtxml"
@@ -33,6 +34,30 @@ func TestTPM(t *testing.T) {
 	}
 	if v := TPMVersion("tpm2-00.volatilestate"); v != "" {
 		t.Error(v)
+	}
+}
+
+func TestQEMUUser(t *testing.T) {
+	for settings, want := range map[string][2]int{
+		"user = \"root\"\ngroup = \"root\"\n": {0, 0},
+		"#user = \"nobody\"\n user='+7'\ngroup=\"12\"\nswtpm_user = \"root\"\nswtpm_group = \"root\"\n": {7, 12},
+	} {
+		if uid, gid, err := qemuUser([]byte(settings)); err != nil || uid != want[0] || gid != want[1] {
+			t.Errorf("%q: %d, %d, %v", settings, uid, gid, err)
+		}
+	}
+	if _, _, err := qemuUser([]byte("user = \"no such user\"\ngroup = \"root\"\n")); err == nil || !strings.Contains(err.Error(), "no such user") {
+		t.Errorf("somebody who is not there: %v", err)
+	}
+	// What is not said is the distribution's.
+	uid, gid, usual := usualUser()
+	for _, settings := range []string{"", "#user = \"root\"\n", "swtpm_user = \"root\"\n"} {
+		if u, g, err := qemuUser([]byte(settings)); u != uid || g != gid || (err == nil) != (usual == nil) {
+			t.Errorf("%q: %d, %d, %v, not %d, %d, %v", settings, u, g, err, uid, gid, usual)
+		}
+	}
+	if u, g, err := qemuUser([]byte("user = \"+9\"\n")); usual == nil && (u != 9 || g != gid || err != nil) {
+		t.Errorf("only the user is said: %d, %d, %v", u, g, err)
 	}
 }
 

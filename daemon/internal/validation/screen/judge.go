@@ -12,10 +12,21 @@ type Judgement struct {
 	Blank   bool     // it shows nothing, or only a cursor
 	Failure string   // what went wrong, for people; "" if it shows nothing of that kind
 	Line    string   // that says so
+	// Firmware is set when the last that it shows is the word of the firmware or of
+	// a boot loader, which says nothing of what they started: that may have failed,
+	// or have its console elsewhere.
+	Firmware bool
 }
+
+// mostDots are those of a screen that is read as it is: a guest chooses how large
+// its screen is, and how many colours it has.
+const mostDots = 2560 * 1600
 
 // Judge reads a screen.
 func Judge(picture image.Image) Judgement {
+	for size := picture.Bounds().Size(); size.X*size.Y > mostDots; size = picture.Bounds().Size() {
+		picture = half(picture)
+	}
 	p := plain(picture)
 	dots := colours(p)
 	j := JudgeText(text(dots, p.Rect.Dx(), p.Rect.Dy()))
@@ -101,6 +112,7 @@ func JudgeText(lines []string) Judgement {
 	if len(said) == 0 {
 		return j
 	}
+	j.Firmware = byFirmware(said)
 	last := said[max(0, len(said)-lastLines):]
 	for _, s := range signs() {
 		for _, words := range s.words {
@@ -120,6 +132,32 @@ func JudgeText(lines []string) Judgement {
 		}
 	}
 	return j
+}
+
+// narrowest is the width of the narrowest text screen.
+const narrowest = 80
+
+// byFirmware tells whether the last line, which may have begun in those above it,
+// is one of the firmware's or a boot loader's.
+func byFirmware(lines []string) bool {
+	widest := narrowest
+	for _, l := range lines {
+		widest = max(widest, len([]rune(l)))
+	}
+	last := len(lines) - 1
+	first := last
+	for first > 0 && len([]rune(lines[first-1])) == widest {
+		first--
+	}
+	text := plainText(strings.Join(lines[first:], ""))
+	whole := strings.TrimRight(text, " ._")
+	return slices.ContainsFunc([]string{
+		"bdsdxe: starting boot", "bdsdxe: loading boot", "seabios (version", "machine uuid", "ipxe (http", "booting `", "loading linux",
+		"the highlighted entry will be executed automatically",
+	}, func(words string) bool { return strings.HasPrefix(text, words) }) || slices.Contains([]string{
+		"booting from hard disk", "booting from dvd/cd", "booting from floppy", "booting from rom", "press esc for boot menu",
+		"grub", "grub loading", "welcome to grub!", "loading initial ramdisk",
+	}, whole)
 }
 
 // shows tells whether lines have some words, also where those go on in the next line.

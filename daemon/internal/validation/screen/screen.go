@@ -24,7 +24,7 @@ import (
 )
 
 // maximumSide bounds pictures: a guest chooses how large its screen is.
-const maximumSide = 8192
+const maximumSide = 4096
 
 // Decode reads a picture in PNG or PPM.
 func Decode(data []byte) (image.Image, error) {

@@ -9,6 +9,8 @@ import (
 	"image/png"
 	"math/rand/v2"
 	"os"
+	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -150,6 +152,57 @@ func TestBlank(t *testing.T) {
 	}
 }
 
+// TestLargePicturesAreJudged has a guest make its screen as large as it may, in as
+// many colours as there are.
+func TestLargePicturesAreJudged(t *testing.T) {
+	p := image.NewNRGBA(image.Rect(0, 0, maximumSide, maximumSide))
+	for i := 0; i < len(p.Pix); i += 4 {
+		p.Pix[i], p.Pix[i+1], p.Pix[i+2], p.Pix[i+3] = uint8(i>>2), uint8(i>>10), uint8(i>>18), 255
+	}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	if j := Judge(p); j.Blank || j.Failure != "" {
+		t.Errorf("%+v", j)
+	}
+	// The halved ones, and a number for each dot of the last.
+	runtime.ReadMemStats(&after)
+	if took, most := after.TotalAlloc-before.TotalAlloc, uint64(4*maximumSide*maximumSide/4*4/3+4*mostDots+(8<<20)); took > most {
+		t.Errorf("judging it took %d bytes, more than %d", took, most)
+	}
+	draw.Draw(p, p.Rect, image.Black, image.Point{}, draw.Src)
+	if !Judge(p).Blank {
+		t.Error("a large one that is black is not blank")
+	}
+}
+
+func TestFirmwareAlone(t *testing.T) {
+	bios := []string{"SeaBIOS (version 1.16.2-debian-1.16.2-1)", "", "", "iPXE (http://ipxe.org) 00:03.0 CA00 PCI2.10 PnP PMM+07FC9B40+07F09B40 CA00", "", "", "Booting from Hard Disk..."}
+	const starting = `BdsDxe: starting Boot0002 "UEFI QEMU HARDDISK QM00001 " from PciRoot(0x0)/Pci(0x1F,0x2)/Sata(0x0,0xFFFF,0x0)`
+	for _, test := range []struct {
+		name  string
+		lines []string
+		want  bool
+	}{
+		{"nothing", nil, false},
+		{"SeaBIOS", bios, true},
+		{"with a cursor", append(slices.Clone(bios), "_", ""), true},
+		{"cursor beside it", append(slices.Clone(bios[:6]), "Booting from Hard Disk..._"), true},
+		{"what it started", append(slices.Clone(bios), "virtbackup: this disk is up"), false},
+		{"in the same line", append(slices.Clone(bios[:6]), "Booting from Hard Disk...virtbackup: this disk is up"), false},
+		{"GRUB", append(slices.Clone(bios), "GRUB loading.", "Welcome to GRUB!", ""), true},
+		{"a kernel that was loaded", []string{"Loading Linux 6.1.0-18-amd64 ...", "Loading initial ramdisk ..."}, true},
+		{"a kernel that runs", []string{"Loading Linux 6.1.0-18-amd64 ...", "Loading initial ramdisk ...", "[    0.000000] Linux version 6.1.0"}, false},
+		{"UEFI", []string{starting[:70]}, true},
+		{"UEFI, wrapped", []string{starting[:80], starting[80:]}, true},
+		{"UEFI, and what it started", []string{starting[:80], starting[80:], "web login:"}, false},
+		{"login", []string{"Debian GNU/Linux 12 web tty1", "", "web login: "}, false},
+	} {
+		if j := JudgeText(test.lines); j.Firmware != test.want || j.Failure != "" {
+			t.Errorf("%s: %+v", test.name, j)
+		}
+	}
+}
+
 func TestSigns(t *testing.T) {
 	up := []string{"Debian GNU/Linux 12 web tty1", "", "web login:"}
 	for _, test := range []struct {
@@ -190,7 +243,7 @@ func TestPPM(t *testing.T) {
 	}
 	for name, bad := range map[string]string{
 		"cut off": string(good[:len(good)-1]), "empty": "", "head": "P6\n2\n", "deep": "P6\n1 1\n65535\n123456", "negative": "P6\n-1 1\n255\n",
-		"huge": "P6\n100000 100000\n255\n", "text": "hello", "PNG without an end": "\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
+		"wide": "P6\n4097 1\n255\n" + strings.Repeat("x", 3*4097), "huge": "P6\n100000 100000\n255\n", "text": "hello", "PNG without an end": "\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
 	} {
 		if _, err := Decode([]byte(bad)); err == nil {
 			t.Errorf("%s was read", name)

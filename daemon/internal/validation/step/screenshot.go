@@ -100,6 +100,8 @@ func judged(s screen.Judgement, booted bool) Finding {
 		f.Verdict, f.Cause = Skipped, "the screen is blank, and the guest agent answered"
 	case s.Blank:
 		f.Verdict, f.Cause = NotValid, "the screen is blank"
+	case s.Firmware && !booted:
+		f.Verdict, f.Cause = Unable, "the screen shows only its firmware: whatever that started may have its console elsewhere, or take longer"
 	}
 	return f
 }

@@ -13,6 +13,8 @@ import (
 	"unicode"
 
 	"pgregory.net/rapid"
+
+	"github.com/virtbackup/virtbackup/daemon/internal/validation/screen"
 )
 
 // guest is one whose answers are given.
@@ -136,6 +138,26 @@ func TestVerdicts(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// TestFirmwareAloneSaysNothing has a screen end with the firmware's word.
+func TestFirmwareAloneSaysNothing(t *testing.T) {
+	for _, test := range []struct {
+		lines  []string
+		booted bool
+		want   Verdict
+	}{
+		{[]string{"Booting from Hard Disk..."}, false, Unable},
+		{[]string{"Booting from Hard Disk..."}, true, Valid}, // its console is elsewhere
+		{[]string{"Booting from Hard Disk...", "virtbackup: this disk is up"}, false, Valid},
+		{[]string{"Booting from Hard Disk...", "Boot failed: not a bootable disk", "", "No bootable device."}, false, NotValid},
+		{[]string{"No bootable device.", "Booting from Floppy..."}, false, NotValid},
+	} {
+		f := judged(screen.JudgeText(test.lines), test.booted)
+		if f.Verdict != test.want || (f.Cause == "") != (test.want == Valid) {
+			t.Errorf("%q, booted %v: %+v", test.lines, test.booted, f)
+		}
 	}
 }
 

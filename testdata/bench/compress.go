@@ -40,7 +40,7 @@ func (b *host) compress(threads uint32) func(context.Context) (figure, error) {
 		}
 		now, err := dbus.Get[dbus.BackupProperties](ctx, b.client, b.last.ID)
 		f.stored, f.note = int64(now.StoredBytes), perGiB(f.cpu)
-		return f, errors.Join(err, command(ctx, "qemu-img", "compare", "-q", offline, b.last.path), b.deleteChain(ctx))
+		return f, errors.Join(err, command(ctx, "qemu-img", "compare", "-q", "-U", disk, b.last.path), b.deleteChain(ctx))
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
@@ -68,7 +69,7 @@ func (k Kind) Run(ctx context.Context, h *job.Handle) error {
 	if result == nil || result.Manifest == nil && len(result.Lost) == 0 {
 		return errors.Join(err, errNothing(result, err))
 	}
-	tell(ctx, h, b.ID, result, r.DryRun)
+	tell(ctx, h, b.ID, result, r.DryRun, result.Manifest != nil)
 	if r.DryRun {
 		return err
 	}
@@ -113,9 +114,9 @@ func errNothing(result *transfer.Result, err error) error {
 }
 
 // tell says what was repaired, and from where.
-func tell(ctx context.Context, h *job.Handle, backup string, result *transfer.Result, dryRun bool) {
+func tell(ctx context.Context, h *job.Handle, backup string, result *transfer.Result, dryRun, done bool) {
 	verb := "was written anew"
-	if dryRun {
+	if dryRun || !done {
 		verb = "can be repaired"
 	}
 	for _, f := range result.Repaired[:min(len(result.Repaired), mostTold)] {
@@ -175,9 +176,28 @@ func (k Kind) read(ctx context.Context, h *job.Handle, repo catalog.Repository, 
 	}
 	i := slices.IndexFunc(result.Backups, func(s transfer.BackupState) bool { return s.Backup == b.ID })
 	if i < 0 || result.Backups[i].Error == nil {
-		return nil
+		return k.whole(context.WithoutCancel(ctx), b.ID)
 	}
 	return failure.Errorf(dbus.ErrDamaged, "backup %s is still damaged: %s: make a new full backup", b.ID, result.Backups[i].Error.Message)
+}
+
+// whole fails if a backup whose own files are well is hit by what it builds on.
+func (k Kind) whole(ctx context.Context, id string) error {
+	b, err := k.Catalog.Backup(ctx, id)
+	if err != nil || b.State != chain.Damaged {
+		return failure.Named(err)
+	}
+	parts, err := k.Catalog.Damage(ctx, id)
+	if err != nil {
+		return err
+	}
+	var images []string
+	for _, p := range parts {
+		if p.Image != id && !slices.Contains(images, p.Image) {
+			images = append(images, p.Image)
+		}
+	}
+	return failure.Errorf(dbus.ErrDamaged, "the files of backup %s are well, but it is hit by what it builds on: virtbackupctl repair %s", id, strings.Join(images, ", and "))
 }
 
 // Undo removes what the worker left, and finds out whether it had exchanged the

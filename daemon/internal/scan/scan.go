@@ -281,7 +281,7 @@ func (k Inspect) Run(ctx context.Context, h *job.Handle) error {
 			if b.Error != nil {
 				bad = append(bad, b.Backup)
 			}
-			err = verification.Record(recording, k.Catalog, h, &transfer.Result{Backups: []transfer.BackupState{b}, Hit: f.hit})
+			err = verification.Record(recording, k.Catalog, h, &transfer.Result{Backups: []transfer.BackupState{b}, Hit: f.hit, HitKnown: true})
 		case b.Error != nil && verification.Damage(b.Error.Class):
 			bad = append(bad, b.Backup)
 			err = k.damaged(recording, h, b.Backup, b.Error.Message)

@@ -110,6 +110,10 @@ func (w *worker) findDonors(ctx context.Context, r *repository.Repository, s *st
 				d.close()
 				return context.Cause(ctx)
 			}
+			if err := w.throttle.reads.wait(ctx, len(buffer)); err != nil {
+				d.close()
+				return err
+			}
 			want, err := s.digests.Sum(block)
 			if err == nil && d.read(ctx, block, buffer[:digest.Length(s.Size, block)], want) {
 				m.donors[block], used = d, true
@@ -175,6 +179,10 @@ func (w *worker) offer(ctx context.Context, r *repository.Repository) error {
 	return nil
 }
 
+// mostOffered is how much of a disk may be damaged for verify to look who holds
+// the same, in bytes. A repair looks for all.
+const mostOffered = 1 << 30
+
 func (w *worker) offerDisk(ctx context.Context, r *repository.Repository, b BackupState, target string) error {
 	var flaws []*Flaw
 	var ranges damage.Ranges
@@ -183,7 +191,7 @@ func (w *worker) offerDisk(ctx context.Context, r *repository.Repository, b Back
 			flaws, ranges = append(flaws, f), ranges.Add(f.Range)
 		}
 	}
-	if len(flaws) == 0 {
+	if len(flaws) == 0 || ranges.Bytes() > mostOffered {
 		return nil
 	}
 	l, err := trace(r, w.spec.Domain, b.Backup)

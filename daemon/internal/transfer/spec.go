@@ -280,12 +280,13 @@ type Result struct {
 	Disks      []DiskStatus         `json:"disks,omitempty"`
 	Manifest   *repository.Manifest `json:"manifest,omitempty"` // of the backup that was made, restored, or took over others
 	Repository *RepositoryState     `json:"repository,omitempty"`
-	Backups    []BackupState        `json:"backups,omitempty"`  // of list, verify
-	Repaired   []Flaw               `json:"repaired,omitempty"` // by repair, or could be: with the donor
-	Lost       []Flaw               `json:"lost,omitempty"`     // which nobody else holds
-	Hit        []Hit                `json:"hit,omitempty"`      // of verify and inspect: what the damage in Backups does to others
-	Deleted    []string             `json:"deleted,omitempty"`  // backups; also when a later one failed
-	Served     []ServedDisk         `json:"served,omitempty"`   // of serve, whatever Error says
+	Backups    []BackupState        `json:"backups,omitempty"`   // of list, verify
+	Repaired   []Flaw               `json:"repaired,omitempty"`  // by repair, or could be: with the donor
+	Lost       []Flaw               `json:"lost,omitempty"`      // which nobody else holds
+	Hit        []Hit                `json:"hit,omitempty"`       // of verify and inspect: what the damage in Backups does to others
+	HitKnown   bool                 `json:"hit_known,omitempty"` // of verify: Hit is all; else whatever builds on what is damaged may be hit
+	Deleted    []string             `json:"deleted,omitempty"`   // backups; also when a later one failed
+	Served     []ServedDisk         `json:"served,omitempty"`    // of serve, whatever Error says
 }
 
 // RepositoryState is what init and probe find.

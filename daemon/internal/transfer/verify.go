@@ -39,6 +39,7 @@ func (w *worker) verify(ctx context.Context) error {
 	if err := w.whoIsHit(ctx, r, w.spec.Domain); err != nil {
 		return err
 	}
+	w.result.HitKnown = true
 	return w.offer(ctx, r)
 }
 
@@ -78,7 +79,7 @@ func (w *worker) verifyBackup(ctx context.Context, r *repository.Repository, sta
 	for _, f := range m.Files {
 		err := w.verifyFile(r, m, f)
 		if err != nil && !isDamage(ctx, err) {
-			return err
+			return beside(found, err)
 		}
 		if err != nil {
 			found = append(found, err)
@@ -101,7 +102,7 @@ func (w *worker) verifyBackup(ctx context.Context, r *repository.Repository, sta
 			ranges, err = w.verifyDisk(ctx, r, l, d)
 		}
 		if err != nil && !isDamage(ctx, err) {
-			return inDisk(d.Target, err)
+			return beside(found, inDisk(d.Target, err))
 		}
 		if err != nil {
 			found = append(found, inDisk(d.Target, err))
@@ -118,6 +119,15 @@ func (w *worker) verifyBackup(ctx context.Context, r *repository.Repository, sta
 		return fmt.Errorf("%w (and %d more)", found[0], len(found)-1)
 	}
 	return errors.Join(found...)
+}
+
+// beside is what keeps the rest from being looked at, unless damage was found
+// before: that is known then, whatever the rest is like.
+func beside(found []error, err error) error {
+	if len(found) == 0 {
+		return err
+	}
+	return fmt.Errorf("%w (the rest cannot be looked at: %v)", found[0], err) //nolint:errorlint // its class is that of the damage
 }
 
 // image is that of a disk in a backup.

@@ -272,6 +272,7 @@ func (k *Kind) untold(ctx context.Context, j catalog.Job, why string) error {
 // it the reason of a report.
 func (k *Kind) damaged(ctx context.Context, h *job.Handle, r step.Report, served []transfer.ServedDisk) (step.Report, error) {
 	var errs []error
+	told := map[string]bool{}
 	for _, d := range served {
 		for i, x := range d.Damage {
 			text := fmt.Sprintf("%d bytes at %d of disk %s are not what was written, in the image of backup %s", x.Length, x.Offset, d.Target, x.Backup)
@@ -279,6 +280,10 @@ func (k *Kind) damaged(ctx context.Context, h *job.Handle, r step.Report, served
 				r = step.Report{Verdict: step.NotValid, Step: stepRead, Cause: text, Findings: r.Findings, Screenshot: r.Screenshot}
 				r.Findings = append(r.Findings, step.Finding{Step: stepRead, Verdict: step.NotValid, Cause: text})
 			}
+			if told[x.Backup] { // where else, verify says
+				continue
+			}
+			told[x.Backup] = true
 			h.Log(ctx, slog.LevelError, text, journal.MessageID, journal.BackupDamaged, "damaged", x.Backup, "detail", text)
 			if err := k.Catalog.DamagedBackup(context.WithoutCancel(ctx), x.Backup, text); err != nil && !errors.Is(err, catalog.ErrNotFound) && !errors.Is(err, catalog.ErrState) {
 				errs = append(errs, err)

@@ -2,6 +2,8 @@ package verification
 
 import (
 	"context"
+	"encoding/json"
+	"fmt"
 	"time"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/catalog"
@@ -23,7 +25,8 @@ type Settings struct {
 // Name makes it an upkeep.Chore.
 func (Verify) Name() string { return "verification" }
 
-// Due returns a job for each chain that is to be verified tonight.
+// Due returns a job for the next chain that is to be verified tonight: the one
+// after it is asked for when that has ended, if there is still time.
 func (k Verify) Due(ctx context.Context, now time.Time) ([]job.Request, error) {
 	s := k.Settings()
 	if !s.Enabled || s.Window.Next(now).After(now) {
@@ -33,30 +36,37 @@ func (k Verify) Due(ctx context.Context, now time.Time) ([]job.Request, error) {
 	if err != nil {
 		return nil, err
 	}
-	begun, err := k.Catalog.ListJobs(ctx, catalog.JobFilter{Kind: string(dbus.OperationVerify), Since: now.Add(-night)}, catalog.Page{})
+	begun, err := k.Catalog.ListJobs(ctx, catalog.JobFilter{Kind: string(dbus.OperationVerify), Since: now.Add(-s.Every)}, catalog.Page{})
 	if err != nil {
 		return nil, err
 	}
-	chainOf := map[string]string{} // by the newest backup
 	byID := map[string]catalog.VerifiableChain{}
 	var chains []Chain
 	for _, c := range all {
-		chainOf[c.Newest], byID[c.ID] = c.ID, c
+		byID[c.ID] = c
 		chains = append(chains, Chain{ID: c.ID, Bytes: c.Bytes, Last: c.Last})
 	}
 	var tries []Try
 	for _, j := range begun {
-		if id := chainOf[j.Backup]; j.Origin == catalog.OriginSystem && id != "" {
-			tries = append(tries, Try{id, j.Created})
+		if j.Origin != catalog.OriginSystem {
+			continue
 		}
+		if !j.State.Ended() {
+			return nil, nil
+		}
+		var r Request
+		if err := json.Unmarshal(j.Spec, &r); err != nil {
+			return nil, fmt.Errorf("cannot read the request of job %s: %w", j.ID, err)
+		}
+		tries = append(tries, Try{r.Chain, j.Created})
 	}
-	var due []job.Request
-	for _, c := range Due(chains, tries, s.Every, s.Share, now) {
-		one := byID[c.ID]
-		due = append(due, job.Request{
-			Kind: string(dbus.OperationVerify), Domain: one.Domain, Repository: one.Repository, Backup: one.Newest,
-			Spec: Request{Backups: []string{one.Newest}}, Attempts: s.Attempts,
-		})
+	due := Due(chains, tries, s.Every, s.Share, now)
+	if len(due) == 0 {
+		return nil, nil
 	}
-	return due, nil
+	one := byID[due[0].ID]
+	return []job.Request{{
+		Kind: string(dbus.OperationVerify), Domain: one.Domain, Repository: one.Repository, Backup: one.Newest,
+		Spec: Request{Backups: []string{one.Newest}, Chain: one.ID}, Attempts: s.Attempts,
+	}}, nil
 }

@@ -29,18 +29,27 @@ const night = 24 * time.Hour
 // not half that time ago can wait, so that the nights come out even.
 //
 // What was tried counts for its night however it ended, and is not tried again in
-// it. Clocks jump: what is said to be of the future may be of any time. However
+// it; then it goes behind those that wait since before that. Clocks jump: what is said to be of the future may be of any time. However
 // much has become due at once, the share stays what it is.
 func Due(chains []Chain, tries []Try, every time.Duration, most uint64, now time.Time) []Chain {
 	share, used := most, uint64(0)
 	if most == 0 {
 		share = fairShare(chains, every)
 	}
-	tried := map[string]bool{}
+	tried, last := map[string]bool{}, map[string]time.Time{}
 	for _, t := range tries {
-		if now.Sub(t.At) < night {
+		if age := now.Sub(t.At); age < night && age > -night {
 			tried[t.Chain] = true
 		}
+		if t.At.Before(now) && t.At.After(last[t.Chain]) {
+			last[t.Chain] = t.At
+		}
+	}
+	turn := func(c Chain) time.Time { // one that fails does not go before all others for ever
+		if t := last[c.ID]; t.After(c.Last) {
+			return t
+		}
+		return c.Last
 	}
 	var waiting []Chain
 	for _, c := range chains {
@@ -55,7 +64,7 @@ func Due(chains []Chain, tries []Try, every time.Duration, most uint64, now time
 		}
 	}
 	slices.SortFunc(waiting, func(a, b Chain) int {
-		if n := a.Last.Compare(b.Last); n != 0 {
+		if n := turn(a).Compare(turn(b)); n != 0 {
 			return n
 		}
 		return strings.Compare(a.ID, b.ID)

@@ -86,8 +86,36 @@ func TestClockJumps(t *testing.T) {
 			t.Errorf("%s, a minute later %d more are due", name, len(again))
 		}
 		// The clock is set right: what was tried in what is the future now counts for tonight.
-		if later := Due(chains, tries, 30*night, 0, today.Add(15*night)); len(later) > 4 {
+		if later := Due(chains, tries, 30*night, 0, today.Add(15*night)); len(later) == 0 || len(later) > 4 {
 			t.Errorf("%s and back, %d are due", name, len(later))
+		}
+	}
+}
+
+// TestFailingChain has one that can never be verified: the others have their turns.
+func TestFailingChain(t *testing.T) {
+	old := today.Add(-60 * night)
+	chains := []Chain{{"bad", 300, old.Add(-night)}}
+	for i := range 20 {
+		chains = append(chains, Chain{fmt.Sprintf("c%02d", i), 100, old})
+	}
+	turns := map[string]int{}
+	var tries []Try
+	for n := range 60 {
+		now := today.Add(time.Duration(n) * night)
+		for _, c := range Due(chains, tries, 30*night, 100, now) {
+			tries = append(tries, Try{c.ID, now})
+			turns[c.ID]++
+			for i := range chains {
+				if chains[i].ID == c.ID && c.ID != "bad" {
+					chains[i].Last = now
+				}
+			}
+		}
+	}
+	for _, c := range chains {
+		if turns[c.ID] == 0 {
+			t.Errorf("%s never had its turn: %v", c.ID, turns)
 		}
 	}
 }

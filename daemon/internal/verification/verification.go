@@ -25,6 +25,7 @@ import (
 // Request asks to verify backups of the job's domain, and all they build on.
 type Request struct {
 	Backups []string `json:"backups"`
+	Chain   string   `json:"chain,omitempty"` // that is verified by itself; "" if somebody asked
 }
 
 // Verify is the kind of job that reads backups back.
@@ -108,7 +109,10 @@ func Record(ctx context.Context, c *catalog.Catalog, h *job.Handle, found *trans
 		case b.Error == nil:
 			err = c.VerifiedBackup(ctx, b.Backup, now)
 		case Damage(b.Error.Class):
-			parts := damageOf(b, found.Hit)
+			var parts []catalog.Damage // none: it may be all, and of all that build on it
+			if found.HitKnown {
+				parts = damageOf(b, found.Hit)
+			}
 			h.Log(ctx, slog.LevelError, fmt.Sprintf("backup %s is %s: %s%s", b.Backup, word(b.Error.Class), b.Error.Message, consequences(b, parts)),
 				journal.MessageID, journal.BackupDamaged, "damaged", b.Backup, "detail", b.Error.Message)
 			err = c.RecordDamage(ctx, b.Backup, b.Error.Message, parts)

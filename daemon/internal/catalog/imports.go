@@ -42,6 +42,22 @@ func (c *Catalog) KnownBackups(ctx context.Context, repository string) (known ma
 	return known, err
 }
 
+// RepinBackup records that another host has written images of a backup of its own
+// anew, which hold the same as when it was imported. ErrState: it is this host's,
+// or is being deleted.
+func (c *Catalog) RepinBackup(ctx context.Context, done Compressed, pin string) error {
+	return c.write(ctx, "record that backup "+done.Backup+" was written anew by its host", func(tx *sql.Tx) error {
+		err := exactlyOne(tx.ExecContext(ctx, "UPDATE backups SET pin = ? WHERE id = ? AND pin <> ''", pin, done.Backup))
+		if errors.Is(err, ErrNotFound) {
+			return fmt.Errorf("it is no backup of another host: %w", ErrState)
+		}
+		if err != nil {
+			return err
+		}
+		return rewritten(ctx, tx, done)
+	})
+}
+
 // ImportBackup records a backup that was found in a repository: complete or
 // damaged, with its chain if that is not known yet. A chain of this host's goes
 // on if there is no other open one of the domain there; what changed since then

@@ -1,6 +1,7 @@
 package catalog
 
 import (
+	"encoding/json"
 	"testing"
 
 	"github.com/virtbackup/virtbackup/daemon/internal/chain"
@@ -70,4 +71,27 @@ func TestImportedBackups(t *testing.T) {
 	must(t, c.VerifiedBackup(ctx, "b6", epoch))
 	states(chain.Complete, chain.Complete)
 	checkInvariants(t, c)
+}
+
+func TestRepin(t *testing.T) {
+	ctx, c := t.Context(), openNew(t)
+	fixture(t, c)
+	foreign := fullBackup("b1")
+	foreign.Chain, foreign.State, foreign.Pin, foreign.Job = "b1", chain.Complete, "then", ""
+	foreign.Images[0].StoredBytes = 9
+	must(t, c.ImportBackup(ctx, foreign))
+	take(t, c, fullBackup("b2"))
+	now := func(id string) Compressed {
+		return Compressed{Backup: id, Manifest: json.RawMessage(`{"generation":1}`), Images: []MergedImage{{Target: "vda", Kind: chain.Full, StoredBytes: 3}}}
+	}
+	must(t, c.RepinBackup(ctx, now("b1"), "now"))
+	pins, err := c.Pins(ctx, "r1")
+	must(t, err)
+	b, err := c.Backup(ctx, "b1")
+	must(t, err)
+	if pins["b1"] != "now" || b.StoredBytes != 3 || string(b.Manifest) != `{"generation":1}` {
+		t.Errorf("pinned as %q: %+v", pins["b1"], b)
+	}
+	mustBe(t, ErrState, c.RepinBackup(ctx, now("b2"), "now"))
+	mustBe(t, ErrState, c.RepinBackup(ctx, now("b9"), "now"))
 }

@@ -16,7 +16,6 @@ import (
 	"github.com/virtbackup/virtbackup/daemon/internal/errand"
 	"github.com/virtbackup/virtbackup/daemon/internal/failure"
 	"github.com/virtbackup/virtbackup/daemon/internal/job"
-	"github.com/virtbackup/virtbackup/daemon/internal/repository"
 	"github.com/virtbackup/virtbackup/daemon/internal/transfer"
 	"github.com/virtbackup/virtbackup/dbus"
 )
@@ -133,7 +132,7 @@ func (k Kind) record(ctx context.Context, h *job.Handle, b catalog.Backup, resul
 	if result == nil || result.Manifest == nil || result.Manifest.Backup != b.ID || result.Manifest.Parent != b.Parent {
 		return fmt.Errorf("the worker does not say how backup %s is stored now", b.ID)
 	}
-	done, err := compressed(result.Manifest)
+	done, err := errand.Rewritten(result.Manifest)
 	if err != nil {
 		return err
 	}
@@ -150,20 +149,6 @@ func (k Kind) record(ctx context.Context, h *job.Handle, b catalog.Backup, resul
 	}
 	h.Log(ctx, slog.LevelInfo, text)
 	return nil
-}
-
-func compressed(m *repository.Manifest) (catalog.Compressed, error) {
-	raw, err := json.Marshal(m)
-	if err != nil {
-		return catalog.Compressed{}, err
-	}
-	done := catalog.Compressed{Backup: m.Backup, Manifest: raw}
-	for _, d := range m.Disks {
-		done.Images = append(done.Images, catalog.MergedImage{
-			Target: d.Target, Kind: chain.Kind(d.Kind), Changes: chain.Tracking(d.Changes), StoredBytes: d.StoredBytes, DataBytes: d.DataBytes,
-		})
-	}
-	return done, nil
 }
 
 // Undo removes what the worker left, and finds out whether it had exchanged the

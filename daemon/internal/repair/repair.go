@@ -152,15 +152,9 @@ func (k Kind) record(ctx context.Context, b catalog.Backup, result *transfer.Res
 	if m.Backup != b.ID || m.Parent != b.Parent {
 		return fmt.Errorf("the worker does not say how backup %s is stored now", b.ID)
 	}
-	raw, err := json.Marshal(m)
+	done, err := errand.Rewritten(m)
 	if err != nil {
 		return err
-	}
-	done := catalog.Compressed{Backup: m.Backup, Manifest: raw}
-	for _, d := range m.Disks {
-		done.Images = append(done.Images, catalog.MergedImage{
-			Target: d.Target, Kind: chain.Kind(d.Kind), Changes: chain.Tracking(d.Changes), StoredBytes: d.StoredBytes, DataBytes: d.DataBytes,
-		})
 	}
 	return failure.Named(k.Catalog.RewrittenBackup(context.WithoutCancel(ctx), done))
 }

@@ -315,15 +315,6 @@ func mergedBackup(m chain.Merge, manifest *repository.Manifest) (catalog.Merged,
 	if manifest.Backup != m.Into || manifest.Parent != m.Base {
 		return catalog.Merged{}, failure.Errorf(dbus.ErrFailed, "backup %s was merged, and stands on %q instead of %q", manifest.Backup, manifest.Parent, m.Base)
 	}
-	raw, err := json.Marshal(manifest)
-	if err != nil {
-		return catalog.Merged{}, err
-	}
-	merged := catalog.Merged{Merge: m, Manifest: raw}
-	for _, d := range manifest.Disks {
-		merged.Images = append(merged.Images, catalog.MergedImage{
-			Target: d.Target, Kind: chain.Kind(d.Kind), Changes: chain.Tracking(d.Changes), StoredBytes: d.StoredBytes, DataBytes: d.DataBytes,
-		})
-	}
-	return merged, nil
+	done, err := errand.Rewritten(manifest)
+	return catalog.Merged{Merge: m, Manifest: done.Manifest, Images: done.Images}, err
 }

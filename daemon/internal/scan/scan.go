@@ -173,7 +173,7 @@ func (s *scanning) take(ctx context.Context, b transfer.BackupState) error {
 	s.counts.Found++
 	if _, known := s.known[b.Backup]; known {
 		s.counts.Known++
-		return nil
+		return s.again(ctx, b)
 	}
 	switch {
 	case b.Manifest == nil:
@@ -207,6 +207,50 @@ func (s *scanning) take(ctx context.Context, b transfer.BackupState) error {
 		s.counts.Damaged++
 	}
 	return nil
+}
+
+// again takes a backup of another host as it is now that was imported before, if
+// it holds the same as then: its host may have compressed it. That somebody asks
+// to import what other hosts made is needed for this too.
+func (s *scanning) again(ctx context.Context, b transfer.BackupState) error {
+	if b.Pin == "" || b.Manifest == nil || b.Error != nil || !s.request.ImportForeign || s.request.DryRun {
+		return nil
+	}
+	old, err := s.Catalog.Backup(ctx, b.Backup)
+	if err != nil || old.Pin == "" || old.Pin == b.Pin {
+		return failure.Named(err)
+	}
+	var before repository.Manifest
+	if err := json.Unmarshal(old.Manifest, &before); err != nil {
+		return fmt.Errorf("cannot read the manifest of backup %s: %w", b.Backup, err)
+	}
+	if !sameContent(&before, b.Manifest) {
+		s.job.Log(ctx, slog.LevelWarn, fmt.Sprintf("backup %s of domain %s is not what was imported, and is not trusted: delete it, and scan again", b.Backup, b.Domain))
+		return nil
+	}
+	done, err := errand.Rewritten(b.Manifest)
+	if err == nil {
+		err = s.Catalog.RepinBackup(ctx, done, b.Pin)
+	}
+	if err != nil {
+		return failure.Named(err)
+	}
+	s.job.Log(ctx, slog.LevelInfo, fmt.Sprintf("backup %s of domain %s was written anew by its host, and holds what it held when it was imported", b.Backup, b.Domain))
+	return nil
+}
+
+// sameContent tells whether two manifests of a backup vouch for the same disks.
+func sameContent(a, b *repository.Manifest) bool {
+	if a.Domain.UUID != b.Domain.UUID || a.Chain != b.Chain || a.Parent != b.Parent || a.Created != b.Created || len(a.Disks) != len(b.Disks) {
+		return false
+	}
+	for _, d := range a.Disks {
+		other, there := b.Disk(d.Target)
+		if !there || other.Size != d.Size || other.DigestRoot != d.DigestRoot || other.Container != d.Container {
+			return false
+		}
+	}
+	return true
 }
 
 func message(b transfer.BackupState) string {

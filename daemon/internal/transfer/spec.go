@@ -269,6 +269,7 @@ type DiskStatus struct {
 
 	// Of a disk that is served.
 	Pending int64  `json:"pending_usec,omitempty"`  // µs that the oldest request waits for its answer; long: the storage hangs
+	Waited  int64  `json:"waited_usec,omitempty"`   // µs in all in which some request waited for its answer
 	Damaged uint64 `json:"damaged_bytes,omitempty"` // asked for, and not what was written
 	Refused uint64 `json:"refused,omitempty"`       // requests that the storage gave no answer to
 }

@@ -25,7 +25,7 @@ func (c *counters) status() DiskStatus {
 	return DiskStatus{
 		Target: c.target, Done: c.done.Load(), Total: c.total.Load(), Read: c.read.Load(),
 		Written: c.written.Load(), Dirty: c.dirty.Load(), Zero: c.zero.Load(),
-		Pending: c.asking.oldest().Microseconds(), Damaged: c.damaged.Load(), Refused: c.refused.Load(),
+		Pending: c.asking.oldest().Microseconds(), Waited: c.asking.waited().Microseconds(), Damaged: c.damaged.Load(), Refused: c.refused.Load(),
 	}
 }
 
@@ -101,6 +101,8 @@ type requests struct {
 	mu    sync.Mutex
 	next  uint64
 	since map[uint64]time.Time
+	began time.Time     // when there came to be any
+	spent time.Duration // in which there were some, before that
 }
 
 // begin notes a request until the function that it returns is called.
@@ -110,6 +112,9 @@ func (r *requests) begin() (end func()) {
 	if r.since == nil {
 		r.since = map[uint64]time.Time{}
 	}
+	if len(r.since) == 0 {
+		r.began = time.Now()
+	}
 	r.next++
 	id := r.next
 	r.since[id] = time.Now()
@@ -117,7 +122,20 @@ func (r *requests) begin() (end func()) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		delete(r.since, id)
+		if len(r.since) == 0 {
+			r.spent += time.Since(r.began)
+		}
 	}
+}
+
+// waited is for how long in all somebody waited for an answer.
+func (r *requests) waited() time.Duration {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.since) > 0 {
+		return r.spent + time.Since(r.began)
+	}
+	return r.spent
 }
 
 // oldest is how long the oldest one has waited.

@@ -34,6 +34,7 @@ type guest struct {
 	serving    server
 	uuid       string
 	limit      time.Duration // of a question to the agent
+	since      time.Time     // when it could begin to read
 
 	mu        sync.Mutex
 	stopped   string // how it ended, as libvirt names it; "" while it runs, or if nobody saw
@@ -53,7 +54,7 @@ var _ step.Guest = (*guest)(nil)
 // newGuest watches the domain until ctx ends; end is called with the reason when
 // it is of no use to go on. It is called before the start.
 func (t *trial) newGuest(ctx context.Context, serving server, end context.CancelCauseFunc) *guest {
-	g := &guest{hypervisor: t.Hypervisor, serving: serving, uuid: t.uuid, limit: t.settings.CommandTimeout}
+	g := &guest{hypervisor: t.Hypervisor, serving: serving, uuid: t.uuid, limit: t.settings.CommandTimeout, since: time.Now()}
 	go g.watch(ctx, end)
 	go g.listen(t.Hypervisor.Subscribe(ctx), end)
 	return g
@@ -152,6 +153,18 @@ func waits(s transfer.Status) error {
 	return nil
 }
 
+// slow says on which disk the guest waited for most of the time: it was the
+// repository then that did not get on, and not the guest.
+func slow(s transfer.Status, elapsed time.Duration) error {
+	for _, d := range s.Disks {
+		if waited := time.Duration(d.Waited) * time.Microsecond; waited > pendingLimit && waited > elapsed/2 {
+			return failure.Errorf(dbus.ErrRepositoryUnavailable, "the repository was too slow: the guest waited for %s of %s for what it read of disk %s",
+				waited.Round(time.Second), elapsed.Round(time.Second), d.Target)
+		}
+	}
+	return nil
+}
+
 // refused says which disk's reads the repository gave no answer to, so that the
 // guest got an error: nothing that it does since says anything of the backup.
 func refused(s transfer.Status) error {
@@ -244,7 +257,7 @@ func (g *guest) Impeded(ctx context.Context) error {
 	default:
 	}
 	status, err := g.serving.Status()
-	if err := errors.Join(err, refused(status), waits(status)); err != nil {
+	if err := errors.Join(err, refused(status), waits(status), slow(status, time.Since(g.since))); err != nil {
 		return err
 	}
 	within, cancel := context.WithTimeout(ctx, stateLimit)

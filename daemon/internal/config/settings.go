@@ -90,7 +90,7 @@ func (c *Config) compressionSettings() []setting {
 		duration("compression.retry_interval", &p.RetryInterval, time.Second, 24*time.Hour, "How long after a failure."),
 		number("compression.threads", &p.Threads, 1, 8, "How many threads compress one backup, if its offering does not say."),
 		factor("compression.minimum_free", &p.MinimumFree, 0, 100, "How much must be free in the repository before it begins, as a multiple of what the backup takes, beside limits.minimum_free_repository."),
-		number("compression.rate", &p.Rate, 0, mostRate, "How many MB (1,000,000 bytes) of a backup are read per second for it, and as many written; 0 for no limit. The rates in [limits] hold as well."),
+		number("compression.rate", &p.Rate, 0, mostRate, "How many MB (1,000,000 bytes) of a backup are read per second for it, and as many written; 0 for no limit. The rates in [limits] hold as well. What is read back at the end, to be compared, is not counted."),
 	}
 }
 

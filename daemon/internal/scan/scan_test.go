@@ -19,7 +19,9 @@ func TestSameContent(t *testing.T) {
 		change func(*repository.Manifest)
 		same   bool
 	}{
-		"compressed":       {func(m *repository.Manifest) { m.Disks[0].StoredBytes, m.Generation, m.Offering.Compression = 3, 1, "zstd" }, true},
+		"compressed": {func(m *repository.Manifest) {
+			m.Disks[0].StoredBytes, m.Generation, m.Offering.Compression = 3, 1, "zstd"
+		}, true},
 		"in another order": {func(m *repository.Manifest) { m.Disks[0], m.Disks[1] = m.Disks[1], m.Disks[0] }, true},
 		"other data":       {func(m *repository.Manifest) { m.Disks[1].DigestRoot = "x" }, false},
 		"resized":          {func(m *repository.Manifest) { m.Disks[0].Size++ }, false},

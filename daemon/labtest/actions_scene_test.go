@@ -29,7 +29,6 @@ type scene struct {
 	copies    map[string]string // target → a copy that was kept of its image
 	told      []string          // what virsh said to each command
 	lenient   bool              // a command may fail
-	crashed   bool              // QEMU ended by itself in a block job
 }
 
 // newScene makes a domain with qcow2 disks and, after those, raw ones.

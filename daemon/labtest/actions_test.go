@@ -343,15 +343,23 @@ func (s *scene) blockJob(verb, target string, args ...string) {
 	s.virsh(append([]string{verb, s.name, target}, args...)...)
 	eventually(s.t, verb+" ends", func() error {
 		job, err := tryVirsh("blockjob", s.name, target, "--raw")
-		if err != nil && s.lenient && s.state() == "shut off" {
-			s.crashed = true
-			return nil
+		if err != nil && verb == "blockpull" {
+			s.skipCrash()
 		}
 		if job = strings.TrimSpace(job); err == nil && job != "" {
 			err = errors.New(job)
 		}
 		return err
 	})
+}
+
+// skipCrash leaves out the rest of a test when QEMU has crashed: 7.2 does so in
+// one of some ten pulls on a busy machine, of domains without backups as well.
+func (s *scene) skipCrash() {
+	s.t.Helper()
+	if state, err := tryVirsh("domstate", "--reason", s.name); err == nil && strings.TrimSpace(state) == "shut off (crashed)" {
+		s.t.Skip("QEMU crashed while it pulled")
+	}
 }
 
 // deleteCheckpoint gives libvirt the checkpoint back that a disk's bitmap

@@ -46,7 +46,7 @@ LAB_PACKAGES ?= $(sort $(patsubst %/,./%,$(dir $(shell grep -rlE --include='*_te
 # host without it: it would clear up what it finds of theirs.
 LAB_DAEMON_PACKAGES ?= $(filter ./ctl ./daemon/labtest ./hooks ./systemd,$(LAB_PACKAGES))
 LAB_LIBRARY_PACKAGES ?= $(filter-out $(LAB_DAEMON_PACKAGES),$(LAB_PACKAGES))
-LAB_TIMEOUT ?= 40m
+LAB_TIMEOUT ?= 60m
 LAB_TEST = LAB_NO_BUILD=1 testdata/lab/run -- $(GO) test -tags lab -count=1 -p 1 -timeout $(LAB_TIMEOUT)
 # More arguments for go test, such as -v or -run.
 TESTFLAGS ?=

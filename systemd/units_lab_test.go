@@ -115,7 +115,8 @@ func sandboxed(t *testing.T, script, directive string) (string, error) {
 		t.Fatal(err)
 	}
 	defer os.Remove("/run/systemd/system/" + name)
-	command(t, "rm", "-rf", "/run/virtbackup") // preserved by the unit
+	// It is preserved by the unit; and a daemon that runs, or a probe of its, puts something there meanwhile.
+	command(t, "sh", "-c", "systemctl stop virtbackupd.service; for i in 1 2 3 4 5 6 7 8 9 10; do rm -rf /run/virtbackup && exit; sleep 1; done; exit 1")
 	if out, err := exec.Command("systemctl", "start", name).CombinedOutput(); err != nil {
 		return string(out) + command(t, "journalctl", "--no-pager", "-n", "20", "-o", "cat", "-u", name), err
 	}

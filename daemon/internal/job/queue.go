@@ -163,19 +163,20 @@ type gift struct{ from, to int }
 // keeps from starting, by its domain or its slot, beside what runs, what starts,
 // and what others give way to.
 func (s situation) giveWay(order []int, first map[string]int, after *work) (all []gift) {
-	for _, i := range order {
-		p := s.queue[i]
-		if turn, any := first[p.Domain]; p.yields || any && turn != i || after.has(p) {
-			continue
-		}
-		for from, r := range s.running {
-			if !r.yields || slices.ContainsFunc(all, func(g gift) bool { return g.from == from }) {
-				continue
+	for more := true; more; { // what gives way to one may have been in the way of an earlier one too
+		more = false
+		for _, i := range order {
+			p := s.queue[i]
+			if turn, any := first[p.Domain]; p.yields || any && turn != i || after.has(p) || after.obstacle(p) == "" {
+				continue // the last: what gives way to others makes room for it as well
 			}
-			if next := after.without(r); next.obstacle(p) == "" {
-				next.add(p)
-				all, after = append(all, gift{from, i}), next
-				break
+			from := slices.IndexFunc(s.running, func(r place) bool {
+				return r.yields && after.has(r) && after.without(r).obstacle(p) == ""
+			})
+			if from >= 0 {
+				after = after.without(s.running[from])
+				after.add(p)
+				all, more = append(all, gift{from, i}), true
 			}
 		}
 	}

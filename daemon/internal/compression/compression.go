@@ -5,7 +5,6 @@ package compression
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -81,8 +80,8 @@ func (Kind) Yields(j catalog.Job) bool { return j.Origin == catalog.OriginSystem
 // Run has a worker compress the backup, and records what came of it.
 func (k Kind) Run(ctx context.Context, h *job.Handle) error {
 	var r Request
-	if err := json.Unmarshal(h.Job().Spec, &r); err != nil {
-		return fmt.Errorf("cannot read the job's request: %w", err)
+	if err := h.Request(&r); err != nil {
+		return err
 	}
 	// Also for a job that was just cancelled: its worker is to be followed to its end.
 	b, repo, err := k.subject(context.WithoutCancel(ctx), h)

@@ -7,6 +7,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"time"
 
@@ -117,6 +118,14 @@ type Handle struct {
 
 // Job returns the job as it was recorded when Run or Undo was called, with the last step.
 func (h *Handle) Job() catalog.Job { return h.job }
+
+// Request decodes what the job was submitted with into r, a pointer.
+func (h *Handle) Request(r any) error {
+	if err := json.Unmarshal(h.job.Spec, r); err != nil {
+		return fmt.Errorf("cannot read the job's request: %w", err)
+	}
+	return nil
+}
 
 // Failure returns, in Undo, why the work is undone.
 func (h *Handle) Failure() error { return h.failure }

@@ -3,7 +3,6 @@ package removal
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -35,8 +34,8 @@ func (Delete) Again(j catalog.Job) string { return j.Backup }
 // Run records the intent, has a worker delete, and forgets what is gone.
 func (k Delete) Run(ctx context.Context, h *job.Handle) error {
 	var r Request
-	if err := json.Unmarshal(h.Job().Spec, &r); err != nil {
-		return fmt.Errorf("cannot read the job's request: %w", err)
+	if err := h.Request(&r); err != nil {
+		return err
 	}
 	repo, err := k.Catalog.Repository(ctx, h.Job().Repository)
 	if err != nil {
@@ -80,8 +79,8 @@ func (k Delete) Undo(ctx context.Context, h *job.Handle) error {
 		return nil
 	}
 	var r Request
-	if err := json.Unmarshal(h.Job().Spec, &r); err != nil {
-		return fmt.Errorf("cannot read the job's request: %w", err)
+	if err := h.Request(&r); err != nil {
+		return err
 	}
 	repo, err := k.Catalog.Repository(ctx, h.Job().Repository)
 	if err != nil {

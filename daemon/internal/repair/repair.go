@@ -6,7 +6,6 @@ package repair
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -45,8 +44,8 @@ const (
 // Run has a worker repair the backup, and another one read it back.
 func (k Kind) Run(ctx context.Context, h *job.Handle) error {
 	var r Request
-	if err := json.Unmarshal(h.Job().Spec, &r); err != nil {
-		return fmt.Errorf("cannot read the job's request: %w", err)
+	if err := h.Request(&r); err != nil {
+		return err
 	}
 	b, err := k.Catalog.Backup(ctx, h.Job().Backup)
 	if err != nil {

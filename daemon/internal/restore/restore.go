@@ -91,8 +91,8 @@ type state struct {
 // Run carries a restore out, from wherever it was.
 func (k *Kind) Run(ctx context.Context, h *job.Handle) error {
 	var r Request
-	if err := json.Unmarshal(h.Job().Spec, &r); err != nil {
-		return fmt.Errorf("cannot read the job's request: %w", err)
+	if err := h.Request(&r); err != nil {
+		return err
 	}
 	s, err := k.begin(ctx, h, r)
 	if err != nil {

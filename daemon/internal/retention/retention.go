@@ -90,8 +90,8 @@ type run struct {
 // after each, for the world may have changed.
 func (k Prune) Run(ctx context.Context, h *job.Handle) error {
 	r := &run{Prune: k, job: h}
-	if err := json.Unmarshal(h.Job().Spec, &r.request); err != nil {
-		return fmt.Errorf("cannot read the job's request: %w", err)
+	if err := h.Request(&r.request); err != nil {
+		return err
 	}
 	var err error
 	if r.repository, err = k.Catalog.Repository(ctx, h.Job().Repository); err != nil {

@@ -66,8 +66,8 @@ type stepData struct {
 
 func look(ctx context.Context, h *job.Handle, c *catalog.Catalog, e errand.Sender) (found, error) {
 	var f found
-	if err := json.Unmarshal(h.Job().Spec, &f.request); err != nil {
-		return f, fmt.Errorf("cannot read the job's request: %w", err)
+	if err := h.Request(&f.request); err != nil {
+		return f, err
 	}
 	var err error
 	if f.repository, err = c.Repository(ctx, h.Job().Repository); err != nil {

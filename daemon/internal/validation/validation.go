@@ -131,8 +131,8 @@ func (*Kind) Yields(j catalog.Job) bool { return j.Origin == catalog.OriginSyste
 // Run tries the backup and records what came of it.
 func (k *Kind) Run(ctx context.Context, h *job.Handle) error {
 	var r Request
-	if err := json.Unmarshal(h.Job().Spec, &r); err != nil {
-		return fmt.Errorf("cannot read the job's request: %w", err)
+	if err := h.Request(&r); err != nil {
+		return err
 	}
 	b, err := k.Catalog.Backup(ctx, h.Job().Backup)
 	if err != nil {

@@ -2,7 +2,6 @@ package verification
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"time"
@@ -33,8 +32,8 @@ type Check struct {
 // Run has a worker look at the repository and records what it found.
 func (k Check) Run(ctx context.Context, h *job.Handle) error {
 	var r CheckRequest
-	if err := json.Unmarshal(h.Job().Spec, &r); err != nil {
-		return fmt.Errorf("cannot read the job's request: %w", err)
+	if err := h.Request(&r); err != nil {
+		return err
 	}
 	repo, err := k.Catalog.Repository(ctx, h.Job().Repository)
 	if err != nil {
@@ -104,7 +103,7 @@ func (k Check) record(ctx context.Context, repo catalog.Repository, result *tran
 // Undo forgets a repository that could not be added.
 func (k Check) Undo(ctx context.Context, h *job.Handle) error {
 	var r CheckRequest
-	if err := json.Unmarshal(h.Job().Spec, &r); err != nil || !r.New {
+	if err := h.Request(&r); err != nil || !r.New {
 		return err
 	}
 	err := k.Catalog.RemoveRepository(ctx, h.Job().Repository)

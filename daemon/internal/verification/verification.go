@@ -5,7 +5,6 @@ package verification
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -43,8 +42,8 @@ func (Verify) Again(j catalog.Job) string { return j.Backup }
 // is recorded, with all that builds on it.
 func (k Verify) Run(ctx context.Context, h *job.Handle) error {
 	var r Request
-	if err := json.Unmarshal(h.Job().Spec, &r); err != nil {
-		return fmt.Errorf("cannot read the job's request: %w", err)
+	if err := h.Request(&r); err != nil {
+		return err
 	}
 	repo, err := k.Catalog.Repository(ctx, h.Job().Repository)
 	if err != nil {
